@@ -1,0 +1,63 @@
+"""One way to say what is wrong: the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def describe(value: object) -> str:
+    """`(4, 7) int32 on cpu` for a tensor, `None` or `str 'x'` for anything else."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    return "None" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def fail(op: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    got = got if isinstance(got, str) else describe(got)
+    raise error(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def require_float(op: str, argument: str, value: object) -> None:
+    """A floating tensor whose last dimension is contiguous."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        fail(op, argument, "a float32, bfloat16, float16 or float64 tensor", value, TypeError)
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        fail(op, argument, "contiguous in its last dimension", f"strides {tuple(value.stride())}")
+
+
+def require_integer(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        fail(op, argument, "an integer tensor", value, TypeError)
+
+
+def require_shape(op: str, argument: str, value: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        fail(op, argument, f"{letters} = {tuple(shape)}", value)
+
+
+def require_same_device(op: str, argument: str, value: Tensor, other: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        fail(op, argument, f"on {reference.device} like {other}", value)
+
+
+def require_no_grad(op: str, **tensors: object) -> None:
+    """Only the arguments that the contract calls differentiable may require grad."""
+    for argument, value in tensors.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            fail(op, argument, "a tensor that does not require grad (it is not differentiable)", "requires_grad=True")
+
+
+def require_choice(op: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        fail(op, argument, "one of " + ", ".join(repr(choice) for choice in choices), value)
+
+
+def require_positive(op: str, argument: str, value: float) -> None:
+    if not value > 0:
+        fail(op, argument, "> 0", value)

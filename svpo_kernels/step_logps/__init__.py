@@ -1,0 +1,227 @@
+"""Log-probs of steps from logits: reference -> cpu -> (triton_ -> cuda) -> this file."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from .._checks import fail, require_choice, require_float, require_integer, require_no_grad, require_positive
+from ..plan import PlanTensors, StepPlan, check_layout
+
+REDUCTIONS = ("sum", "mean", "none")
+
+
+class Options(NamedTuple):
+    """What turns logits into log-probs, as the raw ops take it. softcap 0.0 means none."""
+
+    vocab_size: int
+    temperature: float
+    softcap: float
+    reduction: str
+
+
+# -- raw ops ----------------------------------------------------------------------------------------------------------
+
+
+def check_bounds(op: str, plan: PlanTensors, num_rows: int, vocab_size: int, row_source: str) -> None:
+    """Values against shapes, where they can be seen without asking the device."""
+    if plan.bounds.numel() == 0:
+        return
+    low, label, row, step = plan.bounds.tolist()
+    S = plan.step_start.shape[0] - 1
+    if low < 0:
+        fail(op, "labels", "in [0, V), or -100 for not scored", f"a label of {low}", IndexError)
+    if label >= vocab_size:
+        fail(op, "labels", f"below the vocabulary of {vocab_size}", f"a label of {label}", IndexError)
+    if row >= num_rows:
+        fail(op, "plan", f"made for {row_source} with {num_rows} rows", f"row {row}", IndexError)
+    if step >= S:
+        fail(op, "step_ids", f"below num_steps = {S}", f"a step id of {step}", IndexError)
+
+
+def _check_fwd(logits: Tensor, plan: list[Tensor], vocab_size: int, *_: Any) -> None:
+    check_bounds("step_logps", PlanTensors(*plan), logits.shape[0] * logits.shape[1], vocab_size, "logits")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Outputs are fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fake_rows(source: Tensor, plan: list[Tensor], reduction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of out, logp, row_max and row_logsum; the statistics are kept in fp32 by kernels, not by the reference."""
+    view, dtype = PlanTensors(*plan), accumulator(source.dtype)
+    R, N, S = view.rows.shape[0], view.labels.shape[0], view.step_start.shape[0] - 1
+    return tuple(source.new_empty(size, dtype=dtype) for size in (N if reduction == "none" else S, N, R, R))
+
+
+dispatch.define(
+    __name__,
+    "step_logps_fwd(Tensor logits, Tensor[] plan, SymInt vocab_size, float temperature, float softcap, str reduction, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, plan, vocab_size, temperature, softcap, reduction: fake_rows(logits, plan, reduction),
+    check=_check_fwd,
+)
+_BWD = (
+    "(Tensor grad_out, {logits} logits, Tensor logp, Tensor row_max, Tensor row_logsum, Tensor[] plan, "
+    "SymInt vocab_size, float temperature, float softcap, str reduction, str backend) -> "
+)
+dispatch.define(
+    __name__,
+    "step_logps_bwd" + _BWD.format(logits="Tensor") + "Tensor",
+    lambda grad_out, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+def _bwd_inplace(backend: Any, *args: Any) -> None:
+    backend.step_logps_bwd(*args, inplace=True)
+
+
+dispatch.define(
+    __name__, "step_logps_bwd_" + _BWD.format(logits="Tensor(a!)") + "()", lambda *_: None, call=_bwd_inplace
+)
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _StepLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: Options, inplace: bool, backend: str, *plan: Tensor) -> Tensor:
+        out, logp, row_max, row_logsum = torch.ops.svpo.step_logps_fwd(logits, list(plan), *options, backend)
+        ctx.save_for_backward(logits, logp, row_max, row_logsum, *plan)
+        ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        logits, logp, row_max, row_logsum, *plan = ctx.saved_tensors
+        args = (grad_out.contiguous(), logits, logp, row_max, row_logsum, plan, *ctx.options, ctx.backend)
+        if ctx.inplace:
+            torch.ops.svpo.step_logps_bwd_(*args)
+            torch.autograd.graph.increment_version(logits)
+            grad = logits.detach()
+        else:
+            grad = torch.ops.svpo.step_logps_bwd(*args)
+        return grad, None, None, None, *(None for _ in plan)
+
+
+# -- public function --------------------------------------------------------------------------------------------------
+
+
+def step_logps(
+    logits: Tensor,
+    labels: Tensor | StepPlan,
+    step_ids: Tensor | None = None,
+    *,
+    shift: int | None = None,
+    num_steps: int | None = None,
+    reduction: str = "sum",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each step under `logits`, differentiable in `logits`.
+
+    Equivalent to (shift=1, reduction="sum"):
+
+        logp = torch.log_softmax(logits[:, :-1].float() / temperature, -1)
+        logp = logp.gather(-1, labels[:, 1:, None]).squeeze(-1)          # and 0 where labels are -100
+        out = logp.new_zeros(S).index_add(0, step_ids[:, 1:].flatten(), logp.flatten())
+
+    Each scored row is read once; rows that are not scored are never read.
+
+    Args:
+        logits: (B, L, V) or (T, V), fp32, bf16, fp16 (fp64 on the reference); the last dimension contiguous, any other
+            strides.
+        labels: (B, L) or (T,) integers, -100 = not scored; or a `StepPlan`, which stands for labels, step_ids, shift
+            and num_steps.
+        step_ids: shaped like labels: the step of labels[t], global over the batch, < 0 = not scored. None: one step
+            per sequence.
+        shift: 1 when labels[t] is token t (Hugging Face labels: row t - 1 predicts it), 0 when labels[t] is what row t
+            predicts. No default with labels.
+        num_steps: S. Without it the largest step id is read from the device.
+        reduction: "sum" or "mean" over the predictions of a step; "none": per prediction, (N,) by ascending position
+            with a plan, labels' shape with 0 where unscored in tensor form.
+        temperature: z is divided by it.
+        softcap: z = softcap * tanh(logits / softcap) before the temperature; None = none.
+        vocab_size: columns from there on (padding of the head) never count. Default V.
+        inplace_backward: write the gradient over the logits. They must be neither a leaf nor a view, and nothing else
+            may need them: their version is bumped, so that a second backward or another consumer raises.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (S,), (N,) or labels' shape, fp32 (fp64 for fp64). A step without predictions gives 0 and takes no gradient.
+
+    Raises:
+        TypeError: no shift with labels, or a dtype that is not supported. ValueError: a shape, device, layout or option
+        that does not fit. IndexError: a label, row or step out of range (CPU index tensors; on a device the result is
+        NaN).
+
+    Source: autoregressive log-likelihood of a span, as DPO (arXiv 2305.18290, eq. 7) and Step-DPO (arXiv 2406.18629,
+    eq. 2) use it.
+    """
+    op = "step_logps"
+    require_float(op, "logits", logits)
+    if logits.dim() not in (2, 3):
+        fail(op, "logits", "(B, L, V) or (T, V)", logits)
+    options = check_options(op, logits.shape[-1], vocab_size, temperature, softcap, reduction)
+    if inplace_backward and logits.requires_grad and (logits.is_leaf or logits._is_view()):
+        fail(op, "logits", "neither a leaf nor a view with inplace_backward=True (its memory is overwritten)",
+             "a leaf" if logits.is_leaf else "a view")
+    plan = as_plan(op, logits, labels, step_ids, shift, num_steps)
+    batched = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    out = _StepLogps.apply(batched, options, inplace_backward, backend, *plan.tensors)
+    return out.view(labels.shape) if reduction == "none" and isinstance(labels, Tensor) else out
+
+
+def check_options(op: str, V: int, vocab_size: int | None, temperature: float, softcap: float | None,
+                  reduction: str) -> Options:
+    """What `step_logps` and `linear_step_logps` share."""
+    require_choice(op, "reduction", reduction, REDUCTIONS)
+    require_positive(op, "temperature", temperature)
+    if softcap is not None:
+        require_positive(op, "softcap", softcap)
+    if vocab_size is None:
+        vocab_size = V
+    elif not 0 <= vocab_size <= V:
+        fail(op, "vocab_size", f"between 0 and V = {V}", vocab_size)
+    return Options(vocab_size, float(temperature), float(softcap or 0.0), reduction)
+
+
+def as_plan(op: str, source: Tensor, labels: Tensor | StepPlan, step_ids: Tensor | None, shift: int | None,
+            num_steps: int | None) -> StepPlan:
+    """The plan of a call: the one given, or the tensor form's, on the device of `source` (logits, (..., V))."""
+    if isinstance(labels, StepPlan):
+        for name, value in (("step_ids", step_ids), ("shift", shift), ("num_steps", num_steps)):
+            if value is not None:
+                fail(op, name, "left out when a StepPlan is given", value)
+        return labels if labels.buffer.device == source.device else labels.to(source.device, non_blocking=True)
+    check_tensor_form(op, source, labels, step_ids, shift)
+    if num_steps is None:
+        num_steps = (labels.shape[0] if labels.dim() == 2 else 1) if step_ids is None else _largest(step_ids) + 1
+    elif num_steps < 0:
+        fail(op, "num_steps", ">= 0", num_steps)
+    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=num_steps)
+
+
+def check_tensor_form(op: str, source: Tensor, labels: Tensor, step_ids: Tensor | None, shift: int | None) -> None:
+    require_integer(op, "labels", labels)
+    if step_ids is not None:
+        require_integer(op, "step_ids", step_ids)
+    require_no_grad(op, labels=labels, step_ids=step_ids)
+    check_layout(op, labels, step_ids, shift)
+    if labels.shape != source.shape[:-1]:
+        fail(op, "labels", f"shaped like the rows {tuple(source.shape[:-1])}", labels)
+
+
+def _largest(step_ids: Tensor) -> int:
+    """The one host read of the tensor form."""
+    return int(step_ids.max()) if step_ids.numel() else -1

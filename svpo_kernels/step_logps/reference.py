@@ -1,0 +1,100 @@
+"""The spec of `step_logps`, in plain PyTorch.
+
+    z = softcap * tanh(logits / softcap) / temperature          (columns below vocab_size only)
+    logp[n] = log_softmax(z[row of n])[labels[n]]
+    out[s] = sum (or mean) of logp[n] over the predictions n of step s
+
+fp32 compute for fp32, bf16 and fp16; fp64 for fp64. Rows that predict nothing are never looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import PlanTensors
+
+
+def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def step_logps_fwd(logits: Tensor, plan: list[Tensor], vocab_size: int, temperature: float, softcap: float,
+                   reduction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (B, L, V) -> out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,) = log sum exp(z - row_max)."""
+    view = PlanTensors(*plan)
+    z = transform(gather_rows(logits.reshape(-1, logits.shape[-1]), view), vocab_size, temperature, softcap)
+    logp = row_logps(z, view)
+    return reduce_steps(logp, view, reduction), logp, *row_statistics(z)
+
+
+def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+                   plan: list[Tensor], vocab_size: int, temperature: float, softcap: float,
+                   reduction: str, inplace: bool = False) -> Tensor:
+    """The gradient of logits (B, L, V), by autograd over the formula; written over the logits when `inplace`."""
+    view = PlanTensors(*plan)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        z = transform(gather_rows(leaf.reshape(-1, leaf.shape[-1]), view), vocab_size, temperature, softcap)
+        out = reduce_steps(row_logps(z, view), view, reduction)
+    grad = torch.autograd.grad(out, leaf, grad_out, materialize_grads=True)[0]
+    return logits.copy_(grad) if inplace else grad.contiguous()
+
+
+def gather_rows(matrix: Tensor, plan: PlanTensors) -> Tensor:
+    """(T, X) -> (R, X), zeros where the plan is padded: an unscored row may hold anything, NaN included."""
+    if matrix.shape[0] == 0:
+        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1])
+    padding = plan.rows < 0
+    return matrix.index_select(0, plan.rows.clamp_min(0)).masked_fill(padding.unsqueeze(1), 0.0)
+
+
+def transform(rows: Tensor, vocab_size: int, temperature: float, softcap: float) -> Tensor:
+    """z of the rows, in fp32 (fp64 for fp64). softcap 0 means none."""
+    z = rows[:, :vocab_size]
+    z = z if z.dtype == torch.float64 else z.float()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return z / temperature if temperature != 1.0 else z
+
+
+def row_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest z of each row and the log of the sum of exp(z - largest), both (R,)."""
+    if z.shape[1] == 0:
+        return z.new_zeros(z.shape[0]), z.new_zeros(z.shape[0])
+    row_max = z.amax(-1)
+    return row_max, torch.logsumexp(z, -1) - row_max
+
+
+def row_logps(z: Tensor, plan: PlanTensors) -> Tensor:
+    """Log-probs (N,) of the plan's labels under z (R, V); 0 for padding, NaN for a label out of range."""
+    row, scored = row_of_prediction(plan)
+    if z.numel() == 0:
+        return z.new_zeros(plan.labels.shape[0]) + z.sum()
+    inside = (plan.labels >= 0) & (plan.labels < z.shape[1])
+    logp = torch.log_softmax(z, -1)[row, torch.where(inside, plan.labels, 0)]
+    return torch.where(scored, torch.where(inside, logp, torch.nan), 0.0)
+
+
+def row_of_prediction(plan: PlanTensors) -> tuple[Tensor, Tensor]:
+    """(N,) index into rows, and the mask of predictions that have a row."""
+    R, N = plan.rows.shape[0], plan.labels.shape[0]
+    n = torch.arange(N, device=plan.rows.device)
+    row = torch.searchsorted(plan.row_start, n, right=True) - 1
+    if R == 0:
+        return row, torch.zeros_like(row, dtype=torch.bool)
+    kept = row.clamp_max(R - 1)
+    return kept, (row < R) & (plan.rows[kept] >= 0)
+
+
+def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
+    """(N,) -> (S,) by sum or mean; `none` gives (N,) back."""
+    if reduction == "none":
+        return logp.clone()
+    S = plan.step_start.shape[0] - 1
+    counts = plan.step_start[1:] - plan.step_start[:-1]
+    # Padding sorts behind the last step: it falls into one step more, which is dropped.
+    step = torch.repeat_interleave(
+        torch.arange(S + 1, device=logp.device),
+        torch.cat([counts, (logp.shape[0] - plan.step_start[-1]).unsqueeze(0)]), output_size=logp.shape[0])
+    total = logp.new_zeros(S + 1).index_add(0, step, logp[plan.step_order])[:S]
+    return total / counts.clamp_min(1) if reduction == "mean" else total
