@@ -1,0 +1,323 @@
+"""From a data file to step trees: detect the format, read every row, count every row, tokenise.
+
+    data = load("trees.jsonl")                        # text trees: data.records, data.ledger, data.scale
+    encoded = encode(data, tokenizer)                 # token trees: encoded.examples, encoded.ledger
+    trees, pairs = encoded.trees, encoded.pairs(rule="all", min_gap=0.6)
+
+or both at once, with an error when no row is left: `read_trees(path, tokenizer)`. Every row of the file is kept whole,
+truncated (a part of it is kept) or dropped: kept + truncated + dropped = read, each with line and reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from svpo_kernels.text import tree_from_text
+from svpo_kernels.trees import StepNode, StepTree, select_pairs
+
+from .formats import FORMATS, DataError, Format, ReadOptions, Record, RowProblem, ValueScale, detect
+from .formats.files import RawRow, iterate_rows
+from .formats.ledger import Issue, Ledger
+
+__all__ = ["DataFile", "EncodedData", "Example", "Issue", "Ledger", "encode", "load", "read_trees"]
+
+@dataclass
+class DataFile:
+    """A file as text trees. format and scale are None only when the file has no row that could be read."""
+
+    path: str
+    format: Format | None
+    scale: ValueScale | None
+    records: list[Record]
+    ledger: Ledger
+    options: ReadOptions
+
+
+@dataclass
+class Example:
+    """One row as a token tree. pairs: (P, 2) int64 node indices where the format has its own, else None."""
+
+    tree: StepTree
+    pairs: Tensor | None
+    record: Record
+
+
+@dataclass
+class EncodedData:
+    """A file as token trees, rows in the file's order."""
+
+    examples: list[Example]
+    ledger: Ledger
+
+    @property
+    def trees(self) -> list[StepTree]:
+        return [example.tree for example in self.examples]
+
+    def pairs(
+        self,
+        rule: str = "best_worst",
+        min_gap: float = 0.0,
+        max_pairs: int | None = None,
+        *,
+        dedup: bool = True,
+        same_kind: bool = True,
+    ) -> list[Tensor]:
+        """One (P, 2) int64 per tree: the format's own pairs, else `select_pairs` on the mapped values."""
+        return [
+            example.pairs
+            if example.pairs is not None
+            else select_pairs(example.tree, rule, min_gap, max_pairs, dedup, same_kind)
+            for example in self.examples
+        ]
+
+
+def load(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    value_range: tuple[float, float] | None = None,
+    on_bad: str = "skip",
+    step_tag: str = "ки",
+    terminal: str = "answer",
+) -> DataFile:
+    """Reads a JSONL or JSON file of any format in `formats.FORMATS`.
+
+    format: a name from FORMATS; None detects it from the keys of the rows. value_range: (low, high) of the file's
+    values where they differ from the format's own scale. on_bad: "skip" drops a bad row and records it, "error" raises
+    on the first. step_tag: Math-Shepherd's. terminal: "answer" (leaves that state an answer end a solution) or "leaf"
+    (all leaves do), for formats without a mark of their own.
+
+    Raises DataError (a ValueError) naming file and line for a bad row under on_bad="error", for a file of mixed or
+    unknown formats, for one without rows and for one that is not JSON; ValueError for a bad argument.
+    """
+    wanted = _named_format(format)
+    options = _options(wanted, value_range, on_bad, step_tag, terminal)
+    ledger = Ledger(str(path))
+    records: list[Record] = []
+    found, found_line = wanted, 0
+    strangers: list[RawRow] = []
+    for raw in iterate_rows(path, ledger.facts):
+        ledger.read += 1
+        try:
+            if raw.problem is not None:
+                raise raw.problem
+            fits = wanted or detect(raw.value)
+            if fits is None:
+                strangers.append(raw)
+                continue
+            if found is None:
+                found, found_line = fits, raw.line
+                options = _options(fits, value_range, on_bad, step_tag, terminal)
+            elif fits is not found:
+                raise DataError(_mixed(ledger.path, found, found_line, fits, raw.line))
+            records.append(_read_row(found, raw, options, ledger))
+        except RowProblem as problem:
+            ledger.record("dropped", raw.row, raw.line, problem.kind, problem.detail, on_bad)
+    if ledger.read == 0:
+        raise DataError(
+            f"{path}: no rows ({ledger.facts.container}, {len(ledger.facts.blank_lines)} blank lines)"
+        )
+    if found is None and strangers:
+        raise DataError(_unknown(ledger.where(strangers[0].row, strangers[0].line), strangers[0]))
+    for raw in strangers:
+        detail = f"expected the keys of {found.title} ({found.describe_keys()}), got {_keys_of(raw)}"
+        ledger.record("dropped", raw.row, raw.line, "missing key", detail, on_bad)
+    ledger.issues.sort(key=lambda issue: issue.row)
+    scale = None if found is None else options.scale or found.scale
+    return DataFile(str(path), found, scale, records, ledger, options)
+
+
+def _read_row(found: Format, raw: RawRow, options: ReadOptions, ledger: Ledger) -> Record:
+    record = found.read(raw.value, options)
+    record.format, record.row, record.line = found.name, raw.row, raw.line
+    ledger.outcome[raw.row] = "kept"
+    for kind, detail in record.truncated:
+        ledger.record("truncated", raw.row, raw.line, kind, detail, "skip")
+    ledger.notes.update(record.notes)
+    return record
+
+
+def _named_format(name: str | None) -> Format | None:
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"load: format must be one of {', '.join(FORMATS)}, got {name!r}")
+    return None if name is None else FORMATS[name]
+
+
+def _options(
+    found: Format | None, value_range: tuple[float, float] | None, on_bad: str, step_tag: str, terminal: str
+) -> ReadOptions:
+    if on_bad not in ("skip", "error"):
+        raise ValueError(f"load: on_bad must be 'skip' or 'error', got {on_bad!r}")
+    if terminal not in ("answer", "leaf"):
+        raise ValueError(f"load: terminal must be 'answer' or 'leaf', got {terminal!r}")
+    if not isinstance(step_tag, str) or not step_tag:
+        raise ValueError(f"load: step_tag must be a text, got {step_tag!r}")
+    if value_range is None:
+        return ReadOptions(None, step_tag, terminal)
+    low, high = value_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"load: value_range must be (low, high) with low < high, got {value_range!r}")
+    if found is not None and not found.numeric:
+        raise ValueError(
+            f"load: value_range does not apply to {found.title}, whose rows hold no values on a scale"
+        )
+    what = f"value_range ({found.scale.what})" if found is not None else "value_range"
+    return ReadOptions(ValueScale(float(low), float(high), what), step_tag, terminal)
+
+
+def _keys_of(raw: RawRow) -> str:
+    return ", ".join(map(str, raw.value)) or "none"
+
+
+def _mixed(path: str, first: Format, first_line: int, second: Format, second_line: int) -> str:
+    return (
+        f"{path}: mixed formats: line {first_line} is {first.title} ({first.describe_keys()}), line {second_line} is "
+        f"{second.title} ({second.describe_keys()}); split the file, or name the format to drop the other rows"
+    )
+
+
+def _unknown(where: str, raw: RawRow) -> str:
+    known = "; ".join(f"{f.name}: {f.describe_keys()}" for f in FORMATS.values())
+    return f"{where}: unknown format: the row has the keys {_keys_of(raw)}; looked for {known}"
+
+
+def encode(
+    data: DataFile,
+    tokenizer: Any,
+    *,
+    step_separator: str = "\n\n",
+    step_end: str = "",
+    eos: bool = True,
+    max_path_tokens: int | None = None,
+    on_bad: str = "skip",
+) -> EncodedData:
+    """Tokenises every record with `tree_from_text`.
+
+    step_separator and step_end hold where the format does not carry its own white space (pairs do). A prompt that already holds chat markup
+    does not go through the chat template again. max_path_tokens: a step whose path, prompt included, is longer is left
+    out with all that follows it, and the row counts as truncated; a row that loses its last step, or the pair it is
+    there for, is dropped.
+
+    Raises DataError on the first row dropped under on_bad="error", ValueError for a bad argument.
+    """
+    if max_path_tokens is not None and max_path_tokens < 1:
+        raise ValueError(f"encode: max_path_tokens must be at least 1 or None, got {max_path_tokens}")
+    if on_bad not in ("skip", "error"):
+        raise ValueError(f"encode: on_bad must be 'skip' or 'error', got {on_bad!r}")
+    ledger = copy.deepcopy(data.ledger)
+    plain = None
+    examples = []
+    for record in data.records:
+        if record.templated and plain is None:
+            plain = _without_template(tokenizer)
+        text_options = {
+            "step_separator": step_separator if record.step_separator is None else record.step_separator,
+            "step_end": step_end if record.step_separator is None else "",
+            "eos": eos,
+        }
+        try:
+            examples.append(
+                _encode_row(
+                    record, plain if record.templated else tokenizer, text_options, max_path_tokens, ledger
+                )
+            )
+        except RowProblem as problem:
+            ledger.record("dropped", record.row, record.line, problem.kind, problem.detail, on_bad)
+    ledger.issues.sort(key=lambda issue: issue.row)
+    return EncodedData(examples, ledger)
+
+
+def _encode_row(
+    record: Record, tokenizer: Any, text_options: dict[str, Any], max_path_tokens: int | None, ledger: Ledger
+) -> Example:
+    tree = _tree(tokenizer, record.prompt, record.nodes, text_options)
+    pairs = record.pairs
+    if max_path_tokens is not None and (long := _beyond(tree, max_path_tokens)):
+        kind = "longer than max_path_tokens"
+        what = f"{len(long)} of {len(tree)} steps end beyond {max_path_tokens} tokens on their path"
+        nodes, pairs = _without(record, long)
+        if not nodes or (record.pairs and not pairs):
+            raise RowProblem(kind, f"{what}; no {'pair' if nodes else 'step'} is left")
+        tree = _tree(tokenizer, record.prompt, nodes, text_options)
+        ledger.record("truncated", record.row, record.line, kind, f"{what} and were left out", "skip")
+        lost = len(record.pairs or ()) - len(pairs or ())
+        ledger.notes.update({"pairs lost with steps beyond max_path_tokens": lost} if lost else {})
+    if pairs is not None:
+        pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return Example(tree, pairs, record)
+
+
+def _tree(tokenizer: Any, prompt: Any, nodes: list[StepNode], text_options: dict[str, Any]) -> StepTree:
+    try:
+        return tree_from_text(tokenizer, prompt, nodes, **text_options)
+    except (ValueError, TemplateError) as error:
+        raise RowProblem("cannot be tokenised", str(error)) from error
+
+
+def _beyond(tree: StepTree, limit: int) -> set[int]:
+    """Nodes whose path is longer than limit tokens, and all nodes under them."""
+    long: set[int] = set()
+    for i in tree.order:
+        if tree.length[i] > limit or tree.nodes[i].parent in long:
+            long.add(i)
+    return long
+
+
+def _without(record: Record, gone: set[int]) -> tuple[list[StepNode], list[tuple[int, int]] | None]:
+    place = {-1: -1}
+    nodes = []
+    for i, node in enumerate(record.nodes):
+        if i not in gone:
+            place[i] = len(nodes)
+            nodes.append(dataclasses.replace(node, parent=place[node.parent]))
+    pairs = record.pairs
+    if pairs is not None:
+        pairs = [(place[w], place[l]) for w, l in pairs if w in place and l in place]
+    return nodes, pairs
+
+
+def _without_template(tokenizer: Any) -> Any:
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    return plain
+
+
+def read_trees(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    format: str | None = None,
+    value_range: tuple[float, float] | None = None,
+    on_bad: str = "skip",
+    step_tag: str = "ки",
+    terminal: str = "answer",
+    step_separator: str = "\n\n",
+    step_end: str = "",
+    eos: bool = True,
+    max_path_tokens: int | None = None,
+) -> EncodedData:
+    """`load` and `encode` in one; raises DataError with the reasons when no row is left to train on."""
+    data = load(
+        path, format=format, value_range=value_range, on_bad=on_bad, step_tag=step_tag, terminal=terminal
+    )
+    encoded = encode(
+        data,
+        tokenizer,
+        step_separator=step_separator,
+        step_end=step_end,
+        eos=eos,
+        max_path_tokens=max_path_tokens,
+        on_bad=on_bad,
+    )
+    if not encoded.examples:
+        raise DataError(f"no row is left to train on: {encoded.ledger.summary()}")
+    return encoded

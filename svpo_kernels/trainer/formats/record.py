@@ -1,0 +1,195 @@
+"""What every reader yields, and the checks that all readers share.
+
+A row of any format becomes one `Record`: a prompt, steps branching under it, and, where the format has pairs of its
+own, those pairs. A row that cannot become one raises `RowProblem`; `data.py` adds file and line and counts it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from svpo_kernels.trees import StepNode
+
+Message = dict[str, str]
+
+# Values of this number mean "never set" in the flat trees of MCTS code bases.
+UNSET = -100
+
+_STATES_ANSWER = re.compile(
+    r"\\boxed\s*\{|\\fbox\s*\{|^\s*#{4}|^\s*# Answer\b|\banswer\s*(?:is\b|:|=)|<answer>|<end_of_answer>",
+    re.IGNORECASE | re.MULTILINE,
+)
+# Markup that only a chat template writes: a prompt that holds it has been through one already.
+_TEMPLATE_MARKUP = re.compile(
+    r"<\|im_start\|>|<\|user\|>|<\|assistant\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<｜User｜>"
+)
+
+
+class RowProblem(ValueError):
+    """A row that cannot be read: `kind` groups it in reports, `detail` says where, what was expected and what came."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class DataError(ValueError):
+    """A file that cannot be read as asked; the message starts with the file, and the line where there is one."""
+
+
+@dataclass(frozen=True)
+class ValueScale:
+    """The range [low, high] of a file's own values; `to_unit` maps it to [-1, 1], where all gaps are measured."""
+
+    low: float
+    high: float
+    what: str
+
+    def to_unit(self, value: float) -> float:
+        """2 (value - low) / (high - low) - 1, exactly the value itself on [-1, 1]."""
+        if (self.low, self.high) == (-1.0, 1.0):
+            return float(value)
+        return 2.0 * (value - self.low) / (self.high - self.low) - 1.0
+
+    def describe(self) -> str:
+        mapped = "kept" if (self.low, self.high) == (-1.0, 1.0) else "mapped to [-1, 1]"
+        if (self.low, self.high) == (0.0, 1.0):
+            mapped = "mapped to 2v - 1"
+        return f"{self.what} in [{self.low:g}, {self.high:g}], {mapped}"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user may say about a file: see `data.load`."""
+
+    scale: ValueScale | None = None
+    step_tag: str = "ки"
+    terminal: str = "answer"
+
+
+@dataclass
+class Record:
+    """One row: a text tree.
+
+    nodes: `StepNode`s with `parent` (-1: under the prompt) and `text`, parents before children; `q_value` lies in
+    [-1, 1] or is None. pairs: (chosen, rejected) node indices where the format has pairs of its own, else None.
+    step_separator: None takes the run's; "" where the texts carry their own white space. truncated: (kind, detail) of
+    every part of the row that was left out, empty for a row read whole. notes: facts worth counting, nothing was lost.
+    """
+
+    prompt: str | list[Message]
+    nodes: list[StepNode]
+    pairs: list[tuple[int, int]] | None = None
+    step_separator: str | None = None
+    format: str = ""
+    line: int = 0
+    row: int = 0
+    truncated: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tree, the root (the prompt) counted."""
+        return len(self.nodes) + 1
+
+    @property
+    def templated(self) -> bool:
+        """True when the prompt already carries chat markup and must not go through a chat template again."""
+        return isinstance(self.prompt, str) and bool(_TEMPLATE_MARKUP.search(self.prompt))
+
+
+def states_answer(text: str) -> bool:
+    r"""Whether a step states a final answer: \boxed{...}, "#### 7", "# Answer", "answer is", "answer:", <answer>."""
+    return bool(_STATES_ANSWER.search(text))
+
+
+def is_terminal(text: str, is_leaf: bool, options: ReadOptions) -> bool:
+    """Whether a step ends its solution, for formats without a mark of their own.
+
+    "answer" (the default): a leaf that states an answer. A leaf may also be a step whose rollouts all failed and that
+    was never expanded; an end-of-sequence token there would teach the model to stop in the middle. "leaf": every leaf.
+    """
+    return is_leaf and (options.terminal == "leaf" or states_answer(text))
+
+
+def show(value: Any) -> str:
+    """A value as an error message quotes it: its type and a short form."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    short = repr(value)
+    return f"{type(value).__name__} {short if len(short) <= 60 else short[:57] + '...'}"
+
+
+def need(row: dict[str, Any], key: str, where: str = "") -> Any:
+    """row[key]; a missing key is a `RowProblem`."""
+    if key not in row:
+        raise RowProblem(
+            "missing key",
+            f"{where}key {key!r} is missing (the row has {', '.join(map(repr, row)) or 'none'})",
+        )
+    return row[key]
+
+
+def need_type(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    """value when it is of `kind` (bool never passes for a number), else a `RowProblem`."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(k.__name__ for k in kinds)
+        raise RowProblem("wrong type", f"{name} must be {expected}, got {show(value)}")
+    return value
+
+
+def need_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
+    """value when it is a string with something in it that UTF-8 can hold, else a `RowProblem`."""
+    need_type(value, str, name)
+    if not allow_empty and not value.strip():
+        raise RowProblem("empty text", f"{name} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowProblem("broken text", f"{name} holds a lone surrogate at character {error.start}") from None
+    return value
+
+
+def need_value(value: Any, scale: ValueScale, name: str, *, bools: bool = False) -> float | None:
+    """A value on the scale, mapped to [-1, 1]; null is None. NaN, a wrong type or out of range is a `RowProblem`."""
+    if value is None:
+        return None
+    need_type(value, (bool, int, float) if bools else (int, float), name)
+    expected = f"{name} must be in [{scale.low:g}, {scale.high:g}]"
+    if math.isnan(value):
+        raise RowProblem("value is NaN", f"{expected} or null, got NaN")
+    if not scale.low <= value <= scale.high:
+        raise RowProblem("value out of range", f"{expected}, got {value!r}")
+    return scale.to_unit(float(value))
+
+
+def need_count(value: Any, name: str) -> int | None:
+    """A count that is an integer of at least 0, or None."""
+    if value is None:
+        return None
+    if need_type(value, int, name) < 0:
+        raise RowProblem("value out of range", f"{name} must be at least 0, got {value}")
+    return value
+
+
+def need_messages(value: Any, name: str) -> list[Message]:
+    """A list of {"role", "content"} messages with text content, other keys dropped, else a `RowProblem`."""
+    need_type(value, list, name)
+    if not value:
+        raise RowProblem("empty text", f"{name} has no messages")
+    messages = []
+    for i, message in enumerate(value):
+        here = f"{name}[{i}]"
+        need_type(message, dict, here)
+        role = need_text(need(message, "role", f"{here}: "), f"{here}.role")
+        content = need_text(
+            need(message, "content", f"{here}: "), f"{here}.content", allow_empty=role == "system"
+        )
+        messages.append({"role": role, "content": content})
+    return messages
