@@ -1,0 +1,318 @@
+"""Step-level preference, value, ranking and SFT loss: reference -> cpu -> (triton_ -> cuda) -> presets -> this file."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from .._checks import FLOATS, INTEGERS, fail, require_choice, require_no_grad, require_positive
+from .presets import PRESETS
+from .reference import Inputs, Options, compute_dtype, svpo_loss_terms, weighted_sum
+
+__all__ = ["PRESETS", "SVPOLoss", "dvo_loss", "svpo_loss"]
+
+PREFERENCES = ("sigmoid", "ipo", "hinge")
+RANKS = ("hinge", "logistic", "implicit")
+
+
+class SVPOLoss(NamedTuple):
+    """loss and its four terms, each differentiable on its own; the rest are metrics, detached."""
+
+    loss: Tensor  # preference_weight * preference + value_weight * value + rank_weight * rank + sft_weight * sft
+    preference: Tensor
+    value: Tensor
+    rank: Tensor
+    sft: Tensor
+    chosen_rewards: Tensor  # (P,) beta (lp - ref) of the chosen steps; NaN without step_logps
+    rejected_rewards: Tensor  # (P,)
+    accuracy: Tensor  # share of pairs whose chosen reward is larger
+    value_accuracy: Tensor  # share of pairs whose chosen value is larger; NaN without values
+
+
+# -- raw ops ----------------------------------------------------------------------------------------------------------
+
+
+def _fake_fwd(*args: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*args[: len(Inputs._fields)])
+    like, dtype = inputs.pairs, compute_dtype(inputs)
+    S = (inputs.step_logps if inputs.step_logps is not None else inputs.values).shape[0]
+    P = like.shape[0]
+    return tuple(like.new_empty(size, dtype=dtype) for size in (*[()] * 7, (P,), (P,), (4, S)))
+
+
+def _fake_bwd(slopes: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(slopes.new_empty(slopes.shape[1] if need else 0) for need in args[-3:])
+
+
+dispatch.define(
+    __name__,
+    "svpo_loss_fwd(Tensor? step_logps, Tensor? ref_step_logps, Tensor? values, Tensor? value_targets, Tensor pairs, "
+    "Tensor? sft_steps, Tensor? pair_weights, Tensor? label_smoothings, Tensor? margins, Tensor? rank_margins, "
+    "Tensor? counts, float beta, str preference, float preference_weight, float label_smoothing, float margin, "
+    "float value_weight, str rank, float rank_margin, float rank_scale, float rank_weight, float sft_weight, "
+    "float pair_count, float value_count, float sft_count, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+)
+dispatch.define(
+    __name__,
+    "svpo_loss_bwd(Tensor slopes, Tensor? grad_loss, Tensor? grad_preference, Tensor? grad_value, Tensor? grad_rank, "
+    "Tensor? grad_sft, float preference_weight, float value_weight, float rank_weight, float sft_weight, "
+    "bool need_logps, bool need_ref, bool need_values, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _SvpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, options: Options, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        *scalars, chosen, rejected, slopes = torch.ops.svpo.svpo_loss_fwd(*inputs, *options, backend)
+        ctx.save_for_backward(slopes, *inputs)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        loss, preference, value, rank, sft, accuracy, value_accuracy = scalars
+        metrics = (chosen, rejected, accuracy, value_accuracy)
+        ctx.mark_non_differentiable(*metrics)
+        return loss, preference, value, rank, sft, *metrics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        slopes, *tensors = ctx.saved_tensors
+        need_logps, need_ref, need_values = ctx.needs_input_grad[2:5]
+        upstream = grads[:5]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_backward(Inputs(*tensors), ctx.options, upstream, ctx.needs_input_grad[2:5])
+        else:
+            weights = ctx.options
+            found = torch.ops.svpo.svpo_loss_bwd(
+                slopes, *upstream, weights.preference_weight, weights.value_weight, weights.rank_weight,
+                weights.sft_weight, need_logps, need_ref, need_values, ctx.backend)
+            found = [grad.to(x.dtype) if need else None
+                     for grad, x, need in zip(found, tensors, (need_logps, need_ref, need_values))]
+        return None, None, *found, *(None for _ in tensors[3:])
+
+
+def _differentiable_backward(inputs: Inputs, options: Options, upstream: tuple[Tensor | None, ...],
+                             needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients as a graph of their own (create_graph=True): the formula again, differentiated by autograd."""
+    terms = svpo_loss_terms(inputs, options)
+    outputs = (weighted_sum(terms, options), *terms)
+    pairs = [(out, grad) for out, grad in zip(outputs, upstream) if grad is not None and out.requires_grad]
+    wanted = [x for x, need in zip(inputs[:3], needs) if need]
+    if not pairs:
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:3], needs)]
+    found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
+                                     create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
+# -- public functions -------------------------------------------------------------------------------------------------
+
+
+def svpo_loss(
+    step_logps: Tensor | None,
+    pairs: Tensor,
+    ref_step_logps: Tensor | None = None,
+    *,
+    values: Tensor | None = None,
+    value_targets: Tensor | None = None,
+    beta: float = 0.1,
+    preference: str = "sigmoid",
+    preference_weight: float = 1.0,
+    label_smoothing: float | Tensor = 0.0,
+    margin: float | Tensor = 0.0,
+    pair_weights: Tensor | None = None,
+    value_weight: float = 1.0,
+    rank: str = "hinge",
+    rank_margin: float | Tensor = 0.0,
+    rank_scale: float = 1.0,
+    rank_weight: float = 1.0,
+    sft_steps: Tensor | None = None,
+    sft_weight: float = 0.0,
+    counts: tuple[float, float, float] | Tensor | None = None,
+    backend: str = "auto",
+) -> SVPOLoss:
+    """Step-level preference, value, ranking and SFT loss over sibling steps, with metrics, in one pass.
+
+    Equivalent to, with preference="sigmoid" and rank="hinge":
+
+        w, l = pairs.unbind(1)
+        reward = beta * (step_logps - ref_step_logps)                    # 0 for the reference when None
+        x = reward[w] - reward[l] - margin
+        preference = (-(1 - e) * logsigmoid(x) - e * logsigmoid(-x)).mul(pair_weights).sum() / P
+        value = (values - value_targets)[~value_targets.isnan()].square().mean()
+        rank = relu(rank_margin - (values[w] - values[l])).mul(pair_weights).sum() / P
+        sft = -step_logps[sft_steps].mean()
+        loss = preference_weight * preference + value_weight * value + rank_weight * rank + sft_weight * sft
+
+    Args:
+        step_logps: (S,) log-probs of the steps; None only when preference_weight = sft_weight = 0.
+        pairs: (P, 2) integers, (chosen w, rejected l), indices into S.
+        ref_step_logps: (S,) log-probs under the reference model, or None for 0. Unused without step_logps.
+        values: (S,) value of each step; None: no value and no rank term.
+        value_targets: (S,), NaN = unlabelled. None: no value term. Unused without values.
+        beta: scale of the rewards, > 0. D = (lp - ref)[w] - (lp - ref)[l], x = beta D - margin.
+        preference: "sigmoid": -(1 - e) logsigmoid(x) - e logsigmoid(-x) · "ipo": (D - 1 / (2 beta))^2, without margin ·
+            "hinge": max(0, 1 - x).
+        label_smoothing: e in [0, 1], a float or (P,); only with "sigmoid".
+        margin: a float or (P,); not with "ipo".
+        pair_weights: (P,), multiply the preference and the rank term of a pair; the count stays the number of pairs.
+        rank: "hinge": max(0, rank_margin - (v_w - v_l)) · "logistic": -logsigmoid(v_w - v_l) · "implicit":
+            ((v_w - v_l) - rank_scale * stopgrad(beta D))^2. rank_margin: a float or (P,).
+        sft_steps: (K,) integers, steps whose likelihood the SFT term -lp raises.
+        counts: the denominators (pairs, labelled steps, SFT steps), numbers or a (3,) tensor; None: this call's own.
+            With the totals of an optimizer step, neither loss nor gradient depends on how it was cut into calls.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        SVPOLoss. loss, preference, value, rank, sft (), before their weights except loss, fp32 (fp64 when an input is);
+        a term without members is 0 with zero gradient, a term of weight 0 is reported and left out of the loss. chosen
+        and rejected rewards (P,), accuracy and value_accuracy (): detached; ties are wrong, NaN for P = 0.
+
+    Differentiable, twice in eager mode, in step_logps, ref_step_logps and values; exact for an upstream on the loss and on
+    each term. Hinges pass the gradient at their kink. Run-to-run bitwise equal.
+
+    Raises:
+        TypeError: a dtype that is not supported. ValueError: a shape, device or option that does not fit, a count of 0
+        for a term with members, another tensor that requires grad. IndexError: a step out of [0, S) (on a device: NaN).
+
+    Source: DPO (arXiv 2305.18290, eq. 7) on steps (Step-DPO, arXiv 2406.18629) with an explicit value head (SVPO, arXiv
+    2406.10858); label smoothing is cDPO's, "ipo" arXiv 2310.12036, "hinge" SLiC (arXiv 2305.10425) on DPO's rewards.
+    """
+    op = "svpo_loss"
+    require_choice(op, "preference", preference, PREFERENCES)
+    require_choice(op, "rank", rank, RANKS)
+    require_positive(op, "beta", beta)
+    like = _check_steps(op, step_logps, values, rank, preference_weight, rank_weight, sft_weight)
+    _check_index(op, "pairs", pairs, like, 2)
+    P, dtype = pairs.shape[0], like.dtype
+    if values is None:
+        value_targets = None
+    if step_logps is None:
+        ref_step_logps = sft_steps = None
+    elif sft_steps is not None:
+        _check_index(op, "sft_steps", sft_steps, like, 1)
+    for name, x in (("ref_step_logps", ref_step_logps), ("values", values), ("value_targets", value_targets)):
+        if x is not None:
+            _check_vector(op, name, x, like, like.shape[0], "(S,)")
+            dtype = torch.float64 if x.dtype == torch.float64 and name != "value_targets" else dtype
+    require_no_grad(op, value_targets=value_targets)
+    smoothing = label_smoothing
+    if isinstance(label_smoothing, Tensor):
+        smoothing = 0.0
+    elif not 0.0 <= label_smoothing <= 1.0:
+        fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
+    margin_value = 0.0 if isinstance(margin, Tensor) else margin
+    rank_value = 0.0 if isinstance(rank_margin, Tensor) else rank_margin
+    if preference != "sigmoid":
+        if label_smoothing is not smoothing or smoothing:
+            fail(op, "label_smoothing", f"0 with preference={preference!r} (only 'sigmoid' has it)", label_smoothing)
+        if preference == "ipo" and (margin is not margin_value or margin_value):
+            fail(op, "margin", "0 with preference='ipo', which has none", margin)
+    per_pair = [
+        _per_pair(op, name, x, like, P)
+        for name, x in (("pair_weights", pair_weights), ("label_smoothing", label_smoothing), ("margin", margin),
+                        ("rank_margin", rank_margin))
+    ]
+    count_tensor, numbers = _counts(op, counts, like)
+    if dtype == torch.float64 and like.dtype != dtype:  # The dtype of the first tensor decides which backends can run.
+        step_logps, values = (x if x is None else x.double() for x in (step_logps, values))
+    options = Options(beta, preference, preference_weight, smoothing, margin_value, value_weight, rank, rank_value,
+                      rank_scale, rank_weight, sft_weight, *numbers)
+    return SVPOLoss(*_SvpoLoss.apply(options, backend, step_logps, ref_step_logps, values, value_targets, pairs,
+                                     sft_steps, *per_pair, count_tensor))
+
+
+def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Tensor, *, beta: float,
+             backend: str = "auto") -> Tensor:
+    """Direct value optimization: the mean of (beta (lp - ref) - gain)^2 over the labelled steps.
+
+    step_logps, ref_step_logps (S,) (None: 0), value_gains (S,) with NaN = unlabelled. Returns () fp32 (fp64 for fp64);
+    0 with zero gradient when nothing is labelled. Differentiable, twice in eager mode, in both log-probs. Raises like
+    `svpo_loss`.
+
+    Source: Zhang et al., Direct Value Optimization, arXiv 2502.13723: the implicit value beta log(pi / ref) of a step is
+    fitted to the gain in value by squared error.
+    """
+    op = "dvo_loss"
+    require_positive(op, "beta", beta)
+    _check_vector(op, "step_logps", step_logps, step_logps, None, "(S,)")
+    S = step_logps.shape[0]
+    if ref_step_logps is not None:
+        _check_vector(op, "ref_step_logps", ref_step_logps, step_logps, S, "(S,)")
+    _check_vector(op, "value_gains", value_gains, step_logps, S, "(S,)")
+    require_no_grad(op, value_gains=value_gains)
+    # In fp32 like every op here: bf16 log-probs of a long step have a step of 0.5.
+    dtype = torch.promote_types(step_logps.dtype, torch.float32)
+    ratio = step_logps.to(dtype) if ref_step_logps is None else step_logps.to(dtype) - ref_step_logps
+    no_pairs = torch.empty((0, 2), dtype=torch.int64, device=step_logps.device)
+    return svpo_loss(None, no_pairs, values=beta * ratio, value_targets=value_gains, preference_weight=0.0,
+                     backend=backend).value
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_steps(op: str, step_logps: Tensor | None, values: Tensor | None, rank: str, preference_weight: float,
+                 rank_weight: float, sft_weight: float) -> Tensor:
+    """step_logps or values: the tensor that the others are compared with."""
+    if step_logps is not None:
+        _check_vector(op, "step_logps", step_logps, step_logps, None, "(S,)")
+        return step_logps
+    if preference_weight or sft_weight:
+        fail(op, "step_logps", "given unless preference_weight = sft_weight = 0", step_logps)
+    if values is None:
+        fail(op, "step_logps", "given when values is None", step_logps)
+    if rank == "implicit" and rank_weight:
+        fail(op, "step_logps", "given with rank='implicit', which fits the implicit reward", step_logps)
+    _check_vector(op, "values", values, values, None, "(S,)")
+    return values
+
+
+def _check_vector(op: str, name: str, x: object, like: Tensor, size: int | None, letters: str) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        fail(op, name, "a float32, bfloat16, float16 or float64 tensor", x, TypeError)
+    if x.dim() != 1 or (size is not None and x.shape[0] != size) or x.device != like.device:
+        fail(op, name, letters + ("" if size is None else f" = ({size},)") + f" on {like.device}", x)
+
+
+def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in INTEGERS:
+        fail(op, name, "an integer tensor", x, TypeError)
+    if x.dim() != dim or (dim == 2 and x.shape[1] != 2) or x.device != like.device:
+        fail(op, name, f"{'(P, 2)' if dim == 2 else '(K,)'} on {like.device}", x)
+    if x.shape[0] and not like.shape[0]:
+        fail(op, name, "empty when there are no steps (S = 0)", x, IndexError)
+
+
+def _per_pair(op: str, name: str, x: float | Tensor | None, like: Tensor, P: int) -> Tensor | None:
+    if not isinstance(x, Tensor):
+        if x is not None and not isinstance(x, (int, float)):
+            fail(op, name, "a number or a (P,) tensor", x, TypeError)
+        return None
+    _check_vector(op, name, x, like, P, "(P,)")
+    require_no_grad(op, **{name: x})
+    return x
+
+
+def _counts(op: str, counts: object, like: Tensor) -> tuple[Tensor | None, tuple[float, float, float]]:
+    """The denominators as a tensor, or as three numbers (-1: own count)."""
+    if counts is None:
+        return None, (-1.0, -1.0, -1.0)
+    if isinstance(counts, Tensor):
+        if counts.shape != (3,) or counts.device != like.device:
+            fail(op, "counts", f"(3,) = (pairs, labelled steps, SFT steps) on {like.device}", counts)
+        require_no_grad(op, counts=counts)
+        return counts, (-1.0, -1.0, -1.0)
+    if not isinstance(counts, (tuple, list)) or len(counts) != 3:
+        fail(op, "counts", "(pairs, labelled steps, SFT steps), three numbers or a (3,) tensor", counts, TypeError)
+    numbers = tuple(float(count) for count in counts)
+    if min(numbers) < 0:
+        fail(op, "counts", ">= 0", counts)
+    return None, numbers
