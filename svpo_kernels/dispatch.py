@@ -29,7 +29,7 @@ FILES = {"reference": "reference", "cpu": "cpu", "triton": "triton_", "cuda": "c
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("auto", *FILES)
 
-_library = torch.library.Library("svpo", "FRAGMENT")
+library = torch.library.Library("svpo", "FRAGMENT")
 _families: dict[str, str] = {}
 
 
@@ -60,9 +60,9 @@ def define(
         probe = next(arg for arg in args if isinstance(arg, Tensor))
         return call(load(op, resolve(op, backend, probe.device, probe.dtype)), *args)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"svpo::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"svpo::{name}", lambda *args: fake(*args[:-1]), lib=library)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._checks import INTEGERS, fail
+from .dispatch import library
 
 IGNORE = -100  # torch's ignore_index: a label that is not scored
 
@@ -289,3 +290,39 @@ def value_bounds(rows: Tensor, labels: Tensor, step_ids: Tensor) -> Tensor:
 
 def no_bounds() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
+
+
+# -- the tensor form without its unscored rows, as a raw op: its sizes are known only when it has run ------------------
+
+
+def compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None) -> PlanTensors:
+    """`StepPlan.from_step_ids` on the tensors' own device, with one host read (N, and S unless it is given)."""
+    rows, labels, step_ids, scored = flatten(labels, step_ids, shift)
+    largest = torch.where(scored, step_ids, -1).max() if scored.numel() else scored.new_full((), -1, dtype=torch.int64)
+    N, top = torch.stack([scored.sum(), largest]).tolist()
+    S = top + 1 if num_steps is None else num_steps
+    position = torch.argsort(~scored, stable=True)[:N]
+    rows, labels, step_ids = rows[position], labels[position], step_ids[position]
+    each = torch.arange(N + 1, device=rows.device)
+    order = torch.argsort(step_ids, stable=True)
+    start = torch.searchsorted(step_ids[order], torch.arange(S + 1, device=rows.device))
+    bounds = value_bounds(rows, labels, step_ids) if rows.device.type == "cpu" else no_bounds()
+    return PlanTensors(rows, each, labels, each[:N].clone(), step_ids, order, start, bounds)
+
+
+def _fake_compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: Any) -> tuple[Tensor, ...]:
+    context = torch.library.get_ctx()
+    N = context.new_dynamic_size()
+    S = context.new_dynamic_size() if num_steps is None else num_steps
+    sizes = (N, N + 1, N, N, N, N, S + 1)
+    bounds = torch.empty(4 if labels.device.type == "cpu" else 0, dtype=torch.int64)
+    return *(labels.new_empty((size,), dtype=torch.int64) for size in sizes), bounds
+
+
+library.define(
+    "compact_plan(Tensor labels, Tensor? step_ids, int shift, SymInt? num_steps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("compact_plan", compact_plan, "CompositeExplicitAutograd")
+torch.library.register_fake("svpo::compact_plan", _fake_compact_plan, lib=library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
-from .._checks import fail, require_choice, require_float, require_integer, require_no_grad, require_positive
+from .._checks import fail, require_choice, require_float, require_integer, require_positive
 from ..plan import PlanTensors, StepPlan, check_layout
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -176,9 +177,9 @@ def step_logps(
     if inplace_backward and logits.requires_grad and (logits.is_leaf or logits._is_view()):
         fail(op, "logits", "neither a leaf nor a view with inplace_backward=True (its memory is overwritten)",
              "a leaf" if logits.is_leaf else "a view")
-    plan = as_plan(op, logits, labels, step_ids, shift, num_steps)
+    plan = as_plan(op, logits, labels, step_ids, shift, num_steps, _dense)
     batched = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    out = _StepLogps.apply(batched, options, inplace_backward, backend, *plan.tensors)
+    out = _StepLogps.apply(batched, options, inplace_backward, backend, *plan)
     return out.view(labels.shape) if reduction == "none" and isinstance(labels, Tensor) else out
 
 
@@ -197,31 +198,30 @@ def check_options(op: str, V: int, vocab_size: int | None, temperature: float, s
 
 
 def as_plan(op: str, source: Tensor, labels: Tensor | StepPlan, step_ids: Tensor | None, shift: int | None,
-            num_steps: int | None) -> StepPlan:
-    """The plan of a call: the one given, or the tensor form's, on the device of `source` (logits, (..., V))."""
+            num_steps: int | None, build: Callable[..., PlanTensors]) -> PlanTensors:
+    """The plan of a call: the one given, or what `build` makes of the tensor form, on the device of `source` (..., X)."""
     if isinstance(labels, StepPlan):
         for name, value in (("step_ids", step_ids), ("shift", shift), ("num_steps", num_steps)):
             if value is not None:
                 fail(op, name, "left out when a StepPlan is given", value)
-        return labels if labels.buffer.device == source.device else labels.to(source.device, non_blocking=True)
-    check_tensor_form(op, source, labels, step_ids, shift)
-    if num_steps is None:
-        num_steps = (labels.shape[0] if labels.dim() == 2 else 1) if step_ids is None else _largest(step_ids) + 1
-    elif num_steps < 0:
-        fail(op, "num_steps", ">= 0", num_steps)
-    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=num_steps)
-
-
-def check_tensor_form(op: str, source: Tensor, labels: Tensor, step_ids: Tensor | None, shift: int | None) -> None:
+        plan = labels if labels.buffer.device == source.device else labels.to(source.device, non_blocking=True)
+        return plan.tensors
     require_integer(op, "labels", labels)
     if step_ids is not None:
         require_integer(op, "step_ids", step_ids)
-    require_no_grad(op, labels=labels, step_ids=step_ids)
     check_layout(op, labels, step_ids, shift)
     if labels.shape != source.shape[:-1]:
         fail(op, "labels", f"shaped like the rows {tuple(source.shape[:-1])}", labels)
+    if num_steps is None and step_ids is None:
+        num_steps = labels.shape[0] if labels.dim() == 2 else 1
+    elif num_steps is not None and num_steps < 0:
+        fail(op, "num_steps", ">= 0", num_steps)
+    return build(labels, step_ids, shift, num_steps, source.device)
 
 
-def _largest(step_ids: Tensor) -> int:
-    """The one host read of the tensor form."""
-    return int(step_ids.max()) if step_ids.numel() else -1
+def _dense(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device) -> PlanTensors:
+    """The tensor form as it stands, unscored rows included: nothing is read when num_steps is known."""
+    if num_steps is None:
+        num_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0
+    labels, step_ids = (None if t is None else t.to(device) for t in (labels, step_ids))
+    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=max(num_steps, 0)).tensors

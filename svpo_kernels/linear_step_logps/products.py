@@ -1,0 +1,187 @@
+"""`linear_step_logps` between the row kernels: which products run, on which chunk, into which buffer.
+
+The same loop serves every fused backend; a backend brings its `RowKernels`. Products go through torch (oneDNN, cuBLAS)
+in the input dtype. One (chunk, V) buffer is reused over all chunks and nothing else of that size is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import PlanTensors
+from . import modes
+
+
+class RowKernels(NamedTuple):
+    """What a backend brings. `h` is (R, D), the gathered hidden rows; `z` a chunk (c, V) of products, from `first_row` on.
+
+    Every float vector is fp32. `logp` and `label_z0` are (N,), `row_max` and `row_logsum` (R,): whole, not per chunk.
+    l* of a row is its most probable distinct label (ties: the first). Options are (temperature, softcap).
+    """
+
+    # (h, weight, bias, plan) -> (N,) exact fp32 dots h . W[l] + b[l], once per distinct (row, label); 0 for padding
+    label_dots: Callable[..., Tensor]
+    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit) -> None
+    #   fills logp, row_max, row_logsum of these rows; with write_unit z becomes U; a padding row: logp 0 and U 0
+    rows_fwd: Callable[..., None]
+    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap) -> None: z becomes U, bitwise as above
+    rows_unit: Callable[..., None]
+    # (logp, plan, reduction) -> (S,) or (N,)
+    reduce_steps: Callable[..., Tensor]
+    # (grad_out, plan, reduction) -> g (N,), G (R,): upstreams, equal (row, label) merged into the first (others 0), and row sums
+    row_grads: Callable[..., tuple[Tensor, Tensor]]
+    # (uw, weight, label_z0, logp, g, G, plan, first_row, temperature, softcap) -> rows of dHidden in uw's dtype:
+    #   G uw + sum_n g_n (J[l_n] W[l_n] - J[l*] W[l*])
+    branch_hidden: Callable[..., Tensor]
+    # (dweight, dbias or None, h, label_z0, logp, g, plan, temperature, softcap) -> None, adds in fixed order
+    #   dW[l_n] += g_n J[l_n] h, dW[l*] -= g_n J[l*] h (and db without h) for rows with several distinct labels
+    branch_weight: Callable[..., None]
+
+
+def forward(
+    kernels: RowKernels, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int,
+    temperature: float, softcap: float, reduction: str, logits_budget_mb: float, mode: str,
+) -> tuple[Tensor, ...]:
+    """Returns out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,), label_z0 (N,) and what the mode keeps."""
+    view = PlanTensors(*plan)
+    h = gather_rows(hidden, view.rows)
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    R, D = h.shape
+    limit = modes.budget(vocab_size, h.element_size(), logits_budget_mb, h.device.type, mode)
+    label_z0 = kernels.label_dots(h, weight, bias, view)
+    logp = label_z0.new_zeros(view.labels.shape[0])
+    row_max, row_logsum = label_z0.new_zeros(R), label_z0.new_zeros(R)
+    saved = h.new_empty(modes.saved_shape(mode, R, D, vocab_size, limit.kept))
+    kept = saved.shape[0] if mode == "store" else 0
+    buffer = scratch(h, R - kept, limit.chunk, vocab_size)
+    rest = modes.chunks(kept, R, limit.chunk)
+    for start, stop in [*modes.chunks(0, kept, modes.MOST_ROWS), *rest]:
+        z = saved[start:stop] if stop <= kept else buffer[: stop - start]
+        product(h[start:stop], weight, bias, out=z)
+        write_unit = mode == "frozen" or stop <= kept
+        kernels.rows_fwd(z, start, label_z0, logp, row_max, row_logsum, view, temperature, softcap, write_unit)
+        if mode == "frozen":
+            torch.mm(z, weight, out=saved[start:stop])
+    return kernels.reduce_steps(logp, view, reduction), logp, row_max, row_logsum, label_z0, saved
+
+
+def backward(
+    kernels: RowKernels, grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logp: Tensor,
+    row_max: Tensor, row_logsum: Tensor, label_z0: Tensor, saved: Tensor, plan: list[Tensor], vocab_size: int,
+    temperature: float, softcap: float, reduction: str, logits_budget_mb: float, mode: str, needs_hidden: bool,
+    needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; a tensor of size 0 for one that is not needed."""
+    view = PlanTensors(*plan)
+    used, used_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    h = gather_rows(hidden, view.rows)
+    g, G = kernels.row_grads(grad_out, view, reduction)
+    R, D = h.shape
+    limit = modes.budget(vocab_size, h.element_size(), logits_budget_mb, h.device.type, mode)
+    kept = saved.shape[0] if mode == "store" else 0
+    scaled = (h * G.unsqueeze(1)).to(h.dtype) if needs_weight else h
+    head = HeadGradient(weight, bias, vocab_size, needs_weight, needs_bias, single=kept == R)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
+    options = (temperature, softcap)
+
+    if mode == "frozen":
+        scatter_rows(dhidden, view.rows, kernels.branch_hidden(saved, used, label_z0, logp, g, G, view, 0, *options))
+        return dhidden, *head.finish()
+    buffer = scratch(h, R - kept, limit.chunk, vocab_size)
+    uw = h.new_empty(R, D) if needs_hidden else None
+    # What was kept is one product; what was not is made again, chunk by chunk.
+    parts = ([(0, kept)] if kept else []) + modes.chunks(kept, R, limit.chunk)
+    for start, stop in parts:
+        unit = saved[start:stop] if stop <= kept else buffer[: stop - start]
+        if stop > kept:
+            product(h[start:stop], used, used_bias, out=unit)
+            kernels.rows_unit(unit, start, label_z0, logp, row_max, row_logsum, view, *options)
+        if needs_hidden:
+            torch.mm(unit, used, out=uw[start:stop])
+        head.add(unit, scaled[start:stop], G[start:stop])
+    if needs_hidden:
+        scatter_rows(dhidden, view.rows, kernels.branch_hidden(uw, used, label_z0, logp, g, G, view, 0, *options))
+    if needs_weight or needs_bias:
+        head.branch(kernels, h, label_z0, logp, g, view, *options)
+    return dhidden, *head.finish()
+
+
+class HeadGradient:
+    """dW (V, D) and db (V,): written by one product when all U is held, else summed over chunks in fp32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, needs_weight: bool, needs_bias: bool,
+                 single: bool) -> None:
+        self.weight, self.bias, self.V = weight, bias, vocab_size
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = weight.dtype if single else wide
+        # One product writes every row below vocab_size, so only the padding of the head needs its zeros.
+        self.dweight = weight.new_empty(weight.shape, dtype=dtype) if needs_weight else None
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=wide) if needs_bias else None
+        self.untouched = True
+        if needs_weight:
+            self.dweight[vocab_size:].zero_()
+
+    def add(self, unit: Tensor, scaled: Tensor, G: Tensor) -> None:
+        """unit (c, V), scaled = G h (c, D), G (c,)."""
+        if self.dweight is not None:
+            target = self.dweight[: self.V]
+            if target.dtype != unit.dtype:
+                part = torch.mm(unit.t(), scaled)
+                target.copy_(part) if self.untouched else target.add_(part)
+            elif self.untouched:
+                torch.mm(unit.t(), scaled, out=target)
+            else:
+                target.addmm_(unit.t(), scaled)
+            self.untouched = False
+        if self.dbias is not None:
+            for start, stop in modes.chunks(0, self.V, 8192):  # fp32 sums without an fp32 copy of U
+                self.dbias[start:stop] += torch.mv(unit[:, start:stop].to(self.dbias.dtype).t(), G.to(self.dbias.dtype))
+
+    def branch(self, kernels: RowKernels, h: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor, view: PlanTensors,
+               temperature: float, softcap: float) -> None:
+        if self.dweight is not None and self.untouched:
+            self.dweight.zero_()
+        kernels.branch_weight(self.dweight, self.dbias, h, label_z0, logp, g, view, temperature, softcap)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        empty = self.weight.new_empty(0)
+        return (
+            empty if self.dweight is None else self.dweight.to(self.weight.dtype),
+            empty if self.dbias is None else self.dbias.to(self.bias.dtype),
+        )
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = h W^T + b, rounded once to the input dtype."""
+    if bias is None:
+        torch.mm(h, weight.t(), out=out)
+    else:
+        torch.addmm(bias, h, weight.t(), out=out)
+
+
+def scratch(h: Tensor, rows: int, chunk: int, V: int) -> Tensor:
+    return h.new_empty(min(max(rows, 0), chunk), V)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """(B, L, D) of any strides -> (R, D); zeros for padding. Rows that are not scored are never read."""
+    B, L, D = hidden.shape
+    if B * L == 0:
+        return hidden.new_zeros(rows.shape[0], D)
+    index = rows.clamp_min(0)
+    h = hidden.view(B * L, D).index_select(0, index) if hidden.is_contiguous() else hidden[index // L, index % L]
+    return h.masked_fill_((rows < 0).unsqueeze(1), 0.0)
+
+
+def scatter_rows(dhidden: Tensor, rows: Tensor, values: Tensor) -> None:
+    """dhidden[rows] = values; the rows are distinct, and padding (-1) brings zeros to row 0."""
+    flat = dhidden.view(-1, dhidden.shape[-1])
+    if flat.shape[0]:
+        flat.index_add_(0, rows.clamp_min(0), values)
