@@ -94,7 +94,7 @@ class _SvpoLoss(torch.autograd.Function):
                 slopes, *upstream, weights.preference_weight, weights.value_weight, weights.rank_weight,
                 weights.sft_weight, need_logps, need_ref, need_values, ctx.backend)
             found = [grad.to(x.dtype) if need else None
-                     for grad, x, need in zip(found, tensors, (need_logps, need_ref, need_values))]
+                     for grad, x, need in zip(found, tensors[:3], ctx.needs_input_grad[2:5], strict=True)]
         return None, None, *found, *(None for _ in tensors[3:])
 
 
@@ -103,10 +103,10 @@ def _differentiable_backward(inputs: Inputs, options: Options, upstream: tuple[T
     """The gradients as a graph of their own (create_graph=True): the formula again, differentiated by autograd."""
     terms = svpo_loss_terms(inputs, options)
     outputs = (weighted_sum(terms, options), *terms)
-    pairs = [(out, grad) for out, grad in zip(outputs, upstream) if grad is not None and out.requires_grad]
-    wanted = [x for x, need in zip(inputs[:3], needs) if need]
+    pairs = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None and out.requires_grad]
+    wanted = [x for x, need in zip(inputs[:3], needs, strict=True) if need]
     if not pairs:
-        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:3], needs)]
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:3], needs, strict=True)]
     found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
                                      create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needs]
@@ -175,8 +175,8 @@ def svpo_loss(
         a term without members is 0 with zero gradient, a term of weight 0 is reported and left out of the loss. chosen
         and rejected rewards (P,), accuracy and value_accuracy (): detached; ties are wrong, NaN for P = 0.
 
-    Differentiable, twice in eager mode, in step_logps, ref_step_logps and values; exact for an upstream on the loss and on
-    each term. Hinges pass the gradient at their kink. Run-to-run bitwise equal.
+    Differentiable, twice in eager mode, in step_logps, ref_step_logps and values; exact for an upstream on the loss and
+    on each term. Hinges pass the gradient at their kink. Run-to-run bitwise equal.
 
     Raises:
         TypeError: a dtype that is not supported. ValueError: a shape, device or option that does not fit, a count of 0
@@ -237,8 +237,8 @@ def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Ten
     0 with zero gradient when nothing is labelled. Differentiable, twice in eager mode, in both log-probs. Raises like
     `svpo_loss`.
 
-    Source: Zhang et al., Direct Value Optimization, arXiv 2502.13723: the implicit value beta log(pi / ref) of a step is
-    fitted to the gain in value by squared error.
+    Source: Zhang et al., Direct Value Optimization, arXiv 2502.13723: the implicit value beta log(pi / ref) of a step
+    is fitted to the gain in value by squared error.
     """
     op = "dvo_loss"
     require_positive(op, "beta", beta)

@@ -21,11 +21,9 @@ from torch import Tensor
 
 from .._checks import fail
 
-TERMS = 4
-
 
 class Inputs(NamedTuple):
-    """The tensors of a call, as the raw op takes them. lp, ref, v, t (S,); pairs (P, 2); sft_steps (K,); counts (3,)."""
+    """The tensors of a call, as the op takes them. lp, ref, v, t (S,); pairs (P, 2); sft_steps (K,); counts (3,)."""
 
     step_logps: Tensor | None
     ref_step_logps: Tensor | None
@@ -41,7 +39,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers of a call. A (P,) tensor of `Inputs` comes before the float of the same name; count < 0: own count."""
+    """The numbers of a call. A (P,) tensor of `Inputs` goes before the float of its name; count < 0: own count."""
 
     beta: float
     preference: str
@@ -84,7 +82,7 @@ def svpo_loss_bwd(
     grad_rank: Tensor | None, grad_sft: Tensor | None, preference_weight: float, value_weight: float,
     rank_weight: float, sft_weight: float, need_logps: bool, need_ref: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of lp, ref and v, (S,) each or (0,) where not needed, from the upstream of the loss and of each term."""
+    """Gradients of lp, ref and v, (S,) or (0,) where not needed, from the upstream of the loss and of each term."""
 
     def scaled(slope: Tensor, grad: Tensor | None, weight: float) -> Tensor:
         # A term of weight 0 is left out, so that a NaN in it does not spread.
@@ -102,7 +100,7 @@ def svpo_loss_bwd(
 
 
 def svpo_loss_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """preference, value, rank and sft, each over its own count and before its weight; differentiable in lp, ref and v."""
+    """preference, value, rank and sft, each over its count and before its weight; differentiable in lp, ref and v."""
     dtype = compute_dtype(inputs)
     lp, ref, v, t, weights, e, margin, rank_margin, counts = (
         x if x is None else x.to(dtype)
@@ -139,7 +137,8 @@ def svpo_loss_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, T
 def weighted_sum(terms: list[Tensor] | tuple[Tensor, ...], options: Options) -> Tensor:
     """The loss from preference, value, rank and sft. A weight of 0 leaves its term out, NaN or infinity included."""
     weights = (options.preference_weight, options.value_weight, options.rank_weight, options.sft_weight)
-    return sum((weight * term for weight, term in zip(weights, terms) if weight), torch.zeros_like(terms[0]))
+    parts = [weight * term for weight, term in zip(weights, terms, strict=True) if weight]
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(terms[0])
 
 
 def compute_dtype(inputs: Inputs) -> torch.dtype:
@@ -193,7 +192,7 @@ def _slope(term: Tensor, leaf: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _metrics(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """accuracy, value_accuracy, chosen_rewards and rejected_rewards. Ties are wrong; NaN where there is nothing to say."""
+    """accuracy, value_accuracy, chosen and rejected rewards. Ties are wrong; NaN where there is nothing to say."""
     dtype, pairs = compute_dtype(inputs), inputs.pairs
     unknown = pairs.new_full((), torch.nan, dtype=dtype)
     accuracy = value_accuracy = unknown
@@ -224,7 +223,7 @@ def _check_values(inputs: Inputs, options: Options) -> None:
     labelled = 0 if inputs.values is None or inputs.value_targets is None else int(
         (~torch.isnan(inputs.value_targets)).sum())
     members = (inputs.pairs.shape[0], labelled, 0 if inputs.sft_steps is None else inputs.sft_steps.shape[0])
-    for index, (count, here) in enumerate(zip(counts, members)):
+    for index, (count, here) in enumerate(zip(counts, members, strict=True)):
         if here and (count == 0 or count != count or (count < 0 and inputs.counts is not None)):
             fail_count(index, here, count)
 
