@@ -3,7 +3,23 @@
 from .dispatch import backends
 from .linear_step_logps import linear_step_logps
 from .plan import StepPlan
+from .prm import aggregate_scores, prm_loss, prm_scores, prm_scores_from_lm_head
+from .step_loss import PRESETS, SVPOLoss, dvo_loss, svpo_loss
 from .step_logps import step_logps
 from .version import __version__
 
-__all__ = ["StepPlan", "__version__", "backends", "linear_step_logps", "step_logps"]
+__all__ = [
+    "PRESETS",
+    "SVPOLoss",
+    "StepPlan",
+    "__version__",
+    "aggregate_scores",
+    "backends",
+    "dvo_loss",
+    "linear_step_logps",
+    "prm_loss",
+    "prm_scores",
+    "prm_scores_from_lm_head",
+    "step_logps",
+    "svpo_loss",
+]

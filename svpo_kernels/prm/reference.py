@@ -1,0 +1,173 @@
+"""The spec of the process-reward ops, in plain PyTorch.
+
+    z = hidden[positions] @ weight[good or bad] + bias,  softcap * tanh(z / softcap) if there is a softcap
+    d = z_good - z_bad with two classes, z with one
+    prm_scores        sigmoid(d) for two classes; d, sigmoid(d) or tanh(d) for one
+    prm_loss          -(y logsigmoid(d) + (1 - y) logsigmoid(-d)): cross-entropy with two classes, binary with one
+    aggregate_scores  one number per sequence of scores
+
+fp32 compute for fp32, bf16 and fp16; fp64 for fp64. Rows of hidden that no position names are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# -- prm_scores and prm_loss ------------------------------------------------------------------------------------------
+
+
+def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int, bad: int,
+                   activation: str, softcap: float) -> tuple[Tensor, Tensor]:
+    """hidden (B, L, D), positions (S,), weight (C or V, D), bias (C,) or None; bad = -1: one class.
+
+    Returns scores (S,) and logits (S, 2) before the softcap, column 1 zero with one class.
+    """
+    z = head_logits(hidden, positions, weight, bias, good, bad)
+    return activate(decision(z, bad, softcap), bad, activation), z
+
+
+def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None,
+                   logits: Tensor, good: int, bad: int, activation: str, softcap: float, need_hidden: bool,
+                   need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden (B, L, D), weight and bias, (0,) where not needed."""
+
+    def formula(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return prm_scores_fwd(h, positions, w, b, good, bad, activation, softcap)[0]
+
+    return _gradients(formula, grad, hidden, weight, bias, (need_hidden, need_weight, need_bias))
+
+
+def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, good: int,
+                 bad: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """labels (S,) in [0, 1], NaN = unlabelled. Returns the loss, () or (S,), and logits (S, 2)."""
+    z = head_logits(hidden, positions, weight, bias, good, bad)
+    d = decision(z, bad, 0.0)
+    labelled = ~torch.isnan(labels)
+    y = torch.where(labelled, labels, 0.0).to(d.dtype)
+    losses = torch.where(labelled, -(y * F.logsigmoid(d) + (1.0 - y) * F.logsigmoid(-d)), 0.0)
+    if reduction == "none":
+        return losses, z
+    total = losses.sum()
+    return total / labelled.sum().clamp_min(1) if reduction == "mean" else total, z
+
+
+def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor,
+                 bias: Tensor | None, logits: Tensor, good: int, bad: int, reduction: str, need_hidden: bool,
+                 need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `prm_scores_bwd`, for grad () or (S,)."""
+
+    def formula(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return prm_loss_fwd(h, positions, labels, w, b, good, bad, reduction)[0]
+
+    return _gradients(formula, grad, hidden, weight, bias, (need_hidden, need_weight, need_bias))
+
+
+def head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int,
+                bad: int) -> Tensor:
+    """(S, 2) in fp32 (fp64 for fp64); NaN on a device where the position does not exist."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if hidden.device.type == "cpu":
+        rows = flat.index_select(0, positions)
+    else:
+        inside = (positions >= 0) & (positions < flat.shape[0])
+        # Indexing, not index_select: its backward adds in a fixed order on CUDA.
+        rows = torch.where(inside.unsqueeze(1), flat[torch.where(inside, positions, 0).long()], torch.nan)
+    classes = [good, bad] if bad >= 0 else [good]
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = rows.to(dtype) @ torch.stack([weight[c] for c in classes]).to(dtype).T
+    z = z if bias is None else z + torch.stack([bias[c] for c in classes]).to(dtype)
+    return z if bad >= 0 else F.pad(z, (0, 1))
+
+
+def decision(z: Tensor, bad: int, softcap: float) -> Tensor:
+    """d (S,) from the logits (S, 2)."""
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return z[:, 0] - z[:, 1] if bad >= 0 else z[:, 0]
+
+
+def activate(d: Tensor, bad: int, activation: str) -> Tensor:
+    if bad >= 0 or activation == "sigmoid":
+        return torch.sigmoid(d)
+    return torch.tanh(d) if activation == "tanh" else d.clone()
+
+
+def _gradients(formula: Callable[[Tensor, Tensor, Tensor | None], Tensor], grad: Tensor, hidden: Tensor,
+               weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    sources = (hidden, weight, bias)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(sources, needs, strict=True)]
+        out = formula(*leaves)
+    wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True)) if wanted else iter(())
+    return tuple(
+        next(found).contiguous() if need else hidden.new_empty(0) for need in needs
+    )
+
+
+# -- aggregate_scores -------------------------------------------------------------------------------------------------
+
+
+def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """scores (S,), offsets (B + 1,). Returns out (B,) and the score each of min, max and last took, (B,), -1 = none."""
+    lengths = offsets.diff()
+    fill = {"min": torch.inf, "max": -torch.inf, "prod": 1.0, "geomean": 1.0}.get(how, 0.0)
+    rows = _padded(scores, offsets, fill)
+    chosen = torch.full_like(lengths, -1)
+    if how in ("min", "max"):
+        # torch promises the first index among equals.
+        out, index = rows.min(1) if how == "min" else rows.max(1)
+        chosen = torch.where(lengths > 0, offsets[:-1] + index, -1)
+    elif how == "last":
+        chosen = torch.where(lengths > 0, offsets[1:] - 1, -1)
+        out = rows.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+    elif how == "prod":
+        out = rows.prod(1)
+    elif how == "mean":
+        out = rows.sum(1) / lengths
+    else:
+        out = torch.exp(torch.log(torch.where(rows <= 0, 1.0, rows)).sum(1) / lengths)
+        out = torch.where((rows == 0).any(1) & ~out.isnan(), 0.0, out)
+        out = torch.where((rows < 0).any(1), torch.nan, out)
+    return torch.where(lengths > 0, out, torch.nan), chosen.long()
+
+
+def aggregate_scores_bwd(grad: Tensor, scores: Tensor, offsets: Tensor, out: Tensor, chosen: Tensor,
+                         how: str) -> Tensor:
+    """The gradient of scores (S,)."""
+    S, B = scores.shape[0], out.shape[0]
+    if S == 0 or B == 0:
+        return torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    if how in ("min", "max", "last"):
+        found = grad.new_zeros(S + 1).scatter_(0, torch.where(chosen >= 0, chosen, S), grad)[:S]
+        return found.to(scores.dtype)
+    k = torch.arange(S, device=scores.device)
+    sequence = (torch.searchsorted(offsets.long(), k, right=True) - 1).clamp(0, B - 1)
+    upstream, length = grad[sequence], offsets.diff()[sequence]
+    if how == "mean":
+        return (upstream / length).to(scores.dtype)
+    if how == "geomean":
+        result = out[sequence]
+        return torch.where(result == 0, 0.0, upstream * result / (length * scores.to(out.dtype))).to(scores.dtype)
+    rows = F.pad(_padded(scores, offsets, 1.0), (1, 1), value=1.0)
+    others = rows.cumprod(1)[:, :-2] * rows.flip(1).cumprod(1).flip(1)[:, 2:]
+    return (upstream * others[sequence, k - offsets[sequence]]).to(scores.dtype)
+
+
+def _padded(scores: Tensor, offsets: Tensor, fill: float) -> Tensor:
+    """(B, longest) in fp32 (fp64 for fp64), `fill` behind the end of a sequence."""
+    scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    S, starts, lengths = scores.shape[0], offsets[:-1], offsets.diff()
+    longest = max(1, int(lengths.max())) if lengths.numel() else 1
+    step = torch.arange(longest, device=scores.device)
+    at = torch.where(step < lengths.unsqueeze(1), starts.unsqueeze(1) + step, S)
+    return torch.cat([scores, scores.new_full((1,), fill)])[at]
