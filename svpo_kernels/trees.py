@@ -1,0 +1,237 @@
+"""Step trees: a prompt with steps branching under it, and the choice of step pairs in one.
+
+A plain preference pair is a tree with two leaves, a plain trajectory a tree with no branch. `packing.py` turns trees
+into batches; `text.py` makes trees from text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import fail, require_choice
+from .plan import as_index
+
+RULES = ("best_worst", "top_bottom", "all")
+GAP_ROUNDING = 1e-9  # 2 * 0.7 - 2 * 0.4 is 0.6 + 1e-16 in floats: a gap must be above min_gap by more than that
+
+
+@dataclass(slots=True)
+class StepNode:
+    """One step of a tree.
+
+    parent: index of the node it stands under, -1 for the prompt. token_ids: a model's own ids, appended to the
+    parent's path. Or path_ids, the ids from the prompt's first token to this node's last, and start, where this
+    node's scored ids begin: path_ids[:start] are the first tokens of the parent's path. A node with text only is what
+    `tree_from_text` takes.
+    q_value: in [-1, 1], None = unknown. terminal: the step ends a solution. visits, prior: as the search left them.
+    ref_logp: log-probability of the step under the reference model, in nats.
+
+    Raises ValueError for a q_value outside [-1, 1], both forms of ids at once, or path_ids without start.
+    """
+
+    parent: int
+    token_ids: Any = None
+    q_value: float | None = None
+    _: KW_ONLY
+    path_ids: Any = None
+    start: int | None = None
+    terminal: bool = False
+    visits: float | None = None
+    prior: float | None = None
+    ref_logp: float | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.q_value is not None and not -1 <= self.q_value <= 1:  # NaN is outside too
+            fail("StepNode", "q_value", "in [-1, 1] or None", self.q_value)
+        if self.token_ids is not None and self.path_ids is not None:
+            fail("StepNode", "token_ids", "None when path_ids is given", "both")
+        if (self.path_ids is None) != (self.start is None):
+            fail("StepNode", "start", "given together with path_ids", self.start)
+        self.token_ids = as_ids("StepNode", "token_ids", self.token_ids)
+        self.path_ids = as_ids("StepNode", "path_ids", self.path_ids)
+
+
+def as_ids(op: str, argument: str, ids: Any) -> list[int] | None:
+    """Sequence, array or tensor of token ids -> list of int; None stays."""
+    if ids is None:
+        return None
+    ids = as_index(op, argument, ids)
+    if ids.dim() != 1:
+        fail(op, argument, "one sequence of ids", ids)
+    if ids.numel() and int(ids.min()) < 0:
+        fail(op, argument, "token ids >= 0", f"an id of {int(ids.min())}", IndexError)
+    return ids.tolist()
+
+
+class StepTree:
+    """A prompt and the steps under it.
+
+    prompt_ids: the prompt's ids, at least one (its last token predicts the first step). nodes: StepNodes with ids, in
+    any order, any depth.
+    order: node indices, parents before children. children[i]: the children of node i by index; roots: those of the
+    prompt. start[i], length[i]: the scored ids of node i are ids start[i] ... length[i] - 1 of its path.
+
+    Raises ValueError for a missing parent, a cycle, a node without ids, or path_ids that leave the parent's path
+    before start.
+    """
+
+    def __init__(self, prompt_ids: Any, nodes: Iterable[StepNode]) -> None:
+        self.prompt_ids: list[int] = as_ids("StepTree", "prompt_ids", prompt_ids) or []
+        if not self.prompt_ids:
+            fail("StepTree", "prompt_ids", "at least one id (it predicts the first step's first token)", "none")
+        self.nodes: list[StepNode] = list(nodes)
+        self.children: list[list[int]] = [[] for _ in self.nodes]
+        self.roots: list[int] = []
+        self._link()
+        self.start: list[int] = [0] * len(self.nodes)
+        self.length: list[int] = [0] * len(self.nodes)
+        for i in self.order:
+            self._measure(i)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __repr__(self) -> str:
+        return f"StepTree({len(self.prompt_ids)} prompt tokens, {len(self.nodes)} nodes)"
+
+    def _link(self) -> None:
+        for i, node in enumerate(self.nodes):
+            if not isinstance(node, StepNode):
+                fail("StepTree", f"nodes[{i}]", "a StepNode", node, TypeError)
+            if not -1 <= node.parent < len(self.nodes):
+                fail("StepTree", f"nodes[{i}].parent", f"-1 or a node below {len(self.nodes)}", node.parent)
+            (self.roots if node.parent == -1 else self.children[node.parent]).append(i)
+        self.order: list[int] = []
+        stack = self.roots[::-1]
+        while stack:
+            i = stack.pop()
+            self.order.append(i)
+            stack.extend(reversed(self.children[i]))
+        if len(self.order) < len(self.nodes):
+            lost = min(set(range(len(self.nodes))) - set(self.order))
+            fail("StepTree", f"nodes[{lost}].parent", "a way up to the prompt", "a cycle")
+
+    def _measure(self, i: int) -> None:
+        node = self.nodes[i]
+        above = len(self.prompt_ids) if node.parent == -1 else self.length[node.parent]
+        if node.token_ids is not None:
+            self.start[i], self.length[i] = above, above + len(node.token_ids)
+        elif node.path_ids is not None:
+            self.start[i], self.length[i] = node.start, len(node.path_ids)
+            if not 1 <= node.start <= above:
+                fail("StepTree", f"nodes[{i}].start", f"in 1 ... {above}, the length of its parent's path", node.start)
+            if node.path_ids[:node.start] != self.path(node.parent, node.start):
+                fail("StepTree", f"nodes[{i}].path_ids", f"its parent's path up to start = {node.start}", "other ids")
+        else:
+            fail("StepTree", f"nodes[{i}]", "given token_ids or path_ids", "neither (text? see tree_from_text)")
+        if self.start[i] >= self.length[i]:
+            fail("StepTree", f"nodes[{i}]", "a step of at least one token", "none")
+
+    def path(self, i: int, stop: int | None = None) -> list[int]:
+        """The ids from the prompt's first token to the last of node i (-1: the prompt), or the first `stop` of them."""
+        parts: list[list[int]] = []
+        while i != -1 and self.nodes[i].path_ids is None:
+            parts.append(self.nodes[i].token_ids)
+            i = self.nodes[i].parent
+        parts.append(self.prompt_ids if i == -1 else self.nodes[i].path_ids)
+        if len(parts) == 1:
+            return parts[0][:stop]
+        return [token for part in reversed(parts) for token in part][:stop]
+
+    def step_ids(self, i: int) -> list[int]:
+        """The scored ids of node i."""
+        node = self.nodes[i]
+        return node.token_ids if node.token_ids is not None else node.path_ids[node.start:]
+
+
+def select_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, max_pairs: int | None = None,
+                 dedup: bool = True, same_kind: bool = True) -> Tensor:
+    """Pairs (chosen, rejected) of sibling steps, by their q_values. Returns (P, 2) int64 node indices.
+
+    rule: "best_worst", the best against the worst sibling; "top_bottom", two best against two worst (best against
+    worst, second best against second worst), no node twice; "all", every two siblings. Ties go to the first node.
+    min_gap: the difference of q_values must be strictly above it. max_pairs: keep the widest, widest first; without
+    it pairs come in tree order. Nodes without q_value are skipped. dedup: siblings of equal text count once (the
+    first), and so do equal pairs under parents of equal text; nodes without text are compared by ids. same_kind: the
+    rule is applied to terminal and to inner siblings apart.
+
+    Raises ValueError for an unknown rule, a negative min_gap or max_pairs.
+    """
+    require_choice("select_pairs", "rule", rule, RULES)
+    if not min_gap >= 0:
+        fail("select_pairs", "min_gap", ">= 0", min_gap)
+    if max_pairs is not None and max_pairs < 0:
+        fail("select_pairs", "max_pairs", ">= 0 or None", max_pairs)
+    q = [node.q_value for node in tree.nodes]
+    same = _text_keys(tree)
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for group in _sibling_groups(tree, same_kind):
+        if dedup:
+            group = list({same[i]: i for i in reversed(group)}.values())[::-1]
+        for pair in _apply_rule(rule, sorted(group), q):
+            if q[pair[0]] - q[pair[1]] > min_gap + GAP_ROUNDING:
+                found.setdefault((same[pair[0]], same[pair[1]]) if dedup else pair, pair)
+    pairs = list(found.values())
+    if max_pairs is not None:
+        pairs = sorted(pairs, key=lambda pair: q[pair[1]] - q[pair[0]])[:max_pairs]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+def _sibling_groups(tree: StepTree, same_kind: bool) -> Iterable[list[int]]:
+    """Siblings with a q_value, in tree order of their parents; terminal and inner ones apart when asked."""
+    for siblings in (tree.roots, *(tree.children[i] for i in tree.order)):
+        valued = [i for i in siblings if tree.nodes[i].q_value is not None]
+        if not same_kind:
+            yield valued
+            continue
+        for terminal in (False, True):
+            yield [i for i in valued if tree.nodes[i].terminal == terminal]
+
+
+def _apply_rule(rule: str, group: Sequence[int], q: Sequence[float | None]) -> Iterable[tuple[int, int]]:
+    if rule == "all":
+        return [(a, b) if q[a] > q[b] else (b, a) for a, b in combinations(group, 2)]
+    each = min(len(group) // 2, 1 if rule == "best_worst" else 2)
+    top = sorted(group, key=lambda i: -q[i])[:each]
+    bottom = sorted((i for i in group if i not in top), key=lambda i: q[i])[:each]
+    return zip(top, bottom, strict=True)
+
+
+def _text_keys(tree: StepTree) -> list[int]:
+    """One number per node: equal when the texts from the prompt to the node's end are equal."""
+    keys: dict[Any, int] = {}
+    of = [0] * len(tree)
+    for i in tree.order:
+        node = tree.nodes[i]
+        step = node.text if node.text is not None else tuple(tree.step_ids(i))
+        above = -1 if node.parent == -1 else of[node.parent]
+        of[i] = keys.setdefault((above, step), len(keys))
+    return of
+
+
+def as_pairs(op: str, tree: StepTree, pairs: Any, which: int = 0) -> np.ndarray:
+    """One tree's pairs as (P, 2) int64, checked: nodes exist, are two, and stand under one prefix.
+
+    Raises ValueError or TypeError for shape or dtype and for pairs that are none, IndexError for a missing node.
+    """
+    argument = f"pairs[{which}]"
+    pairs = as_index(op, argument, pairs if pairs is not None else [])
+    if pairs.numel() == 0:
+        return np.zeros((0, 2), dtype=np.int64)
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        fail(op, argument, "(P, 2) node indices", pairs)
+    pairs = pairs.numpy()
+    for chosen, rejected in pairs.tolist():
+        if not (0 <= chosen < len(tree) and 0 <= rejected < len(tree)):
+            fail(op, argument, f"node indices below {len(tree)}", f"pair ({chosen}, {rejected})", IndexError)
+        if chosen == rejected or tree.nodes[chosen].parent != tree.nodes[rejected].parent:
+            fail(op, argument, "two steps under one parent", f"pair ({chosen}, {rejected})")
+    return pairs
