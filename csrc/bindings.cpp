@@ -1,0 +1,82 @@
+// The Python module `_C`: one line per op of api.h. Pointers come as integers (tensor.data_ptr()).
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include <pybind11/pybind11.h>
+
+#include "api.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+std::atomic<int> isa{-1};
+
+// A pointer argument is an integer on the Python side, everything else is itself.
+template <class T>
+struct Argument {
+  using type = T;
+  static T get(T value) { return value; }
+};
+template <class T>
+struct Argument<T*> {
+  using type = uintptr_t;
+  static T* get(uintptr_t value) { return reinterpret_cast<T*>(value); }
+};
+
+void raise_status(const char* name, int status) {
+  const std::string op(name);
+  if (status == SVPO_BAD_DTYPE) throw std::invalid_argument(op + ": dtype must be fp32, bf16 or fp16");
+  if (status == SVPO_NO_MEMORY) throw std::bad_alloc();
+  if (status != SVPO_OK) throw std::runtime_error(op + ": unknown native status " + std::to_string(status));
+}
+
+template <class... A>
+void bind(py::module_& m, const char* name, int (*portable)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
+  m.def(name, [=](typename Argument<A>::type... values) {
+    int (*const builds[])(A...) = {portable, avx2, avx512};
+    int status;
+    {
+      py::gil_scoped_release no_gil;
+      status = builds[isa.load(std::memory_order_relaxed)](Argument<A>::get(values)...);
+    }
+    raise_status(name, status);
+  });
+}
+
+void set_isa(const std::string& name) {
+  for (int code = SVPO_ISA_PORTABLE; code <= SVPO_ISA_AVX512; ++code) {
+    if (name != kIsaNames[code]) continue;
+    if (code > svpo_isa_best())
+      throw std::runtime_error("SVPO_CPU_ISA: " + name + " is not usable here, the best is " +
+                               kIsaNames[svpo_isa_best()]);
+    isa.store(code);
+    return;
+  }
+  throw std::invalid_argument("SVPO_CPU_ISA must be avx512, avx2 or portable, got " + name);
+}
+
+}  // namespace
+
+#if defined(SVPO_X86_ISAS)
+#define SVPO_BIND(op) bind(m, #op, svpo_cpu_##op##_portable, svpo_cpu_##op##_avx2, svpo_cpu_##op##_avx512)
+#else
+#define SVPO_BIND(op) \
+  bind(m, #op, svpo_cpu_##op##_portable, svpo_cpu_##op##_portable, svpo_cpu_##op##_portable)
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of svpo_kernels; use svpo_kernels._native, not this module";
+  isa.store(svpo_isa_best());
+  m.def("isa", [] { return kIsaNames[isa.load()]; }, "Instruction set in use: avx512, avx2 or portable");
+  m.def("best_isa", [] { return kIsaNames[svpo_isa_best()]; }, "Best instruction set of this machine");
+  m.def("set_isa", &set_isa, "Force an instruction set; RuntimeError when this machine lacks it");
+  m.def("has_openmp", [] { return svpo_has_openmp() != 0; }, "Whether an OpenMP runtime was loaded before this module");
+
+  SVPO_BIND(elementwise);
+  SVPO_BIND(step_logps_fwd);
+  SVPO_BIND(step_logps_bwd);
+}
