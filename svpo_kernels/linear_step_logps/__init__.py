@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._autograd import once_differentiable
 from .._checks import fail, require_float, require_positive, require_same_device, require_shape
 from ..plan import PlanTensors, StepPlan, flatten
 from ..step_logps import accumulator, as_plan, check_bounds, check_options, fake_rows

@@ -174,7 +174,7 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """(B, L, D) of any strides -> (R, D); zeros for padding. Rows that are not scored are never read."""
     B, L, D = hidden.shape
     if B * L == 0:
-        return hidden.new_zeros(rows.shape[0], D)
+        return hidden.new_zeros(rows.shape[0], D) + hidden.sum((0, 1))
     index = rows.clamp_min(0)
     h = hidden.view(B * L, D).index_select(0, index) if hidden.is_contiguous() else hidden[index // L, index % L]
     return h.masked_fill_((rows < 0).unsqueeze(1), 0.0)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._autograd import once_differentiable
 from .._checks import fail, require_choice, require_float, require_integer, require_positive
 from ..plan import PlanTensors, StepPlan, check_layout
 

@@ -44,7 +44,7 @@ def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tens
 def gather_rows(matrix: Tensor, plan: PlanTensors) -> Tensor:
     """(T, X) -> (R, X), zeros where the plan is padded: an unscored row may hold anything, NaN included."""
     if matrix.shape[0] == 0:
-        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1])
+        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1]) + matrix.sum(0)  # zeros that know their origin
     padding = plan.rows < 0
     return matrix.index_select(0, plan.rows.clamp_min(0)).masked_fill(padding.unsqueeze(1), 0.0)
 

@@ -1,0 +1,221 @@
+"""`linear_step_logps`: every backend and mode against fp64, judged by eager PyTorch's own error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from accuracy import assert_accurate
+from cases import BACKENDS, RowCase, make_predictions
+
+import svpo_kernels as sk
+from svpo_kernels.linear_step_logps import modes
+
+D = 24
+F32 = [
+    RowCase("plain"),
+    RowCase("bias", bias=True),
+    RowCase("one_column", V=1),
+    RowCase("three_columns", V=3),
+    RowCase("odd_large", V=32001, B=1, L=6),
+    RowCase("one_row", B=1, L=1, S=1, scored=1.0),
+    RowCase("all_masked", scored=0.0),
+    RowCase("no_rows", L=0),
+    RowCase("no_steps", S=0, scored=0.0),
+    RowCase("mean", reduction="mean"),
+    RowCase("none", reduction="none", bias=True),
+    RowCase("softcap_temperature", softcap=5.0, temperature=1.3, scale=3.0, bias=True),
+    RowCase("padded_vocab", V=129, vocab_size=127, bias=True),
+    RowCase("shifted", layout="shifted"),
+    RowCase("branching", predictions="branching", scored=1.0, bias=True),
+    RowCase("branching_softcap", predictions="branching", softcap=4.0, temperature=0.9, scale=3.0, reduction="mean", bias=True),
+    RowCase("branching_none", predictions="branching", reduction="none"),
+    RowCase("confident", special="confident", predictions="branching", reduction="none"),
+    RowCase("sibling", special="sibling", predictions="branching", L=40),
+    RowCase("large_logits", scale=30.0),
+    RowCase("long", L=300, V=67, S=9),
+]
+CASES = F32 + [
+    replace(case, name=f"{case.name}_{name}", dtype=dtype)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for case in F32
+    if case.name in ("plain", "bias", "softcap_temperature", "branching", "confident", "sibling", "large_logits", "padded_vocab", "long")
+]
+NEEDS = {"frozen": (True, False, False), "store": (True, True, True), "head": (False, True, False), "recompute": (True, True, True)}
+
+
+def make_head(case: RowCase, given):
+    """hidden (B, L, D), weight, bias: logits of about case.scale; rows at p near 1 where the case asks for them."""
+    L = case.L + 1 if case.layout == "shifted" else case.L
+    hidden = torch.randn(case.B, L, D)
+    weight = torch.randn(case.V, D) * (case.scale / D**0.5)
+    if case.special and given.rows.numel():
+        flat = hidden.view(-1, D)
+        first = torch.ones_like(given.rows, dtype=torch.bool)
+        first[1:] = given.rows[1:] != given.rows[:-1]
+        rows, labels = given.rows[first], given.labels[first]
+        strength = torch.linspace(10.0, 20.0, rows.numel())
+        flat[rows] = 0.05 * flat[rows] + weight[labels] * (strength / weight[labels].square().sum(1)).unsqueeze(1)
+        if case.special == "sibling":
+            others = given.labels[~first]
+            flat[given.rows[~first]] += weight[others] * (4.0 / weight[others].square().sum(1)).unsqueeze(1)
+    hidden = hidden.to(case.dtype)
+    hidden = hidden[:, :-1] if case.layout == "shifted" else hidden
+    return hidden, weight.to(case.dtype), torch.randn(case.V).to(case.dtype) if case.bias else None
+
+
+def run(tensors, needs, upstream, function):
+    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    out = function(*leaves)
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return out.detach(), torch.autograd.grad(out, wanted, upstream.to(out.dtype))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("mode", NEEDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str) -> None:
+    given = make_predictions(case)
+    tensors = make_head(case, given)
+    plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
+    upstream = torch.randn(plan.num_predictions if case.reduction == "none" else case.S)
+
+    def spec(h, w, b):
+        return oracle.linear_step_logps(h, w, b, given, case)
+
+    doubles = [None if t is None else t.double() for t in tensors]
+    exact, eager = run(doubles, NEEDS[mode], upstream, spec), run(tensors, NEEDS[mode], upstream, spec)
+    budget = 1e-6 if mode == "recompute" else 512
+    hidden = tensors[0].clone()
+    unscored = torch.ones(case.B * case.L, dtype=torch.bool)
+    unscored[given.rows] = False
+    hidden[unscored.view(case.B, case.L)] = torch.nan  # never read, so never seen
+    ours = run((hidden, *tensors[1:]), NEEDS[mode], upstream, lambda h, w, b: sk.linear_step_logps(
+        h, w, plan, bias=b, backend=backend, logits_budget_mb=budget, **case.options))
+    assert_accurate(ours[0], eager[0], exact[0], what="out")
+    for what, a, b, c in zip(("first", "second", "third"), ours[1], eager[1], exact[1], strict=False):
+        assert_accurate(a, b, c, what=f"{what} gradient")
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_tensor_form_equals_plan_form(backend: str, device: str) -> None:
+    B, L, V, S = 3, 11, 33, 6
+    hidden, weight = torch.randn(B, L, D), torch.randn(V, D)
+    labels = torch.randint(0, V, (B, L))
+    labels[torch.rand(B, L) < 0.3] = -100
+    step_ids = torch.randint(-1, S, (B, L))
+    for shift in (0, 1):
+        plan = sk.StepPlan.from_step_ids(labels, step_ids, shift=shift, num_steps=S)
+        for reduction in ("sum", "mean", "none"):
+            out = sk.linear_step_logps(hidden, weight, labels, step_ids, shift=shift, num_steps=S, reduction=reduction, backend=backend)
+            expected = sk.linear_step_logps(hidden, weight, plan, reduction=reduction, backend=backend)
+            if reduction == "none":
+                scored = (labels != -100) & (step_ids >= 0)
+                scored[:, :shift] = False
+                assert out.shape == labels.shape and (out[~scored] == 0).all()
+                out = out[scored]
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        sized = sk.linear_step_logps(hidden, weight, labels, step_ids, shift=shift, backend=backend)
+        logits = torch.nn.functional.linear(hidden, weight)
+        torch.testing.assert_close(sized, sk.step_logps(logits, labels, step_ids, shift=shift, backend="reference"))
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130, 200])
+def test_modes_agree_and_chunks_do_not_show(rows: int) -> None:
+    """Store, half store and recompute, one chunk and many: the same values and gradients to rounding."""
+    V, S = 301, 7
+    hidden, weight, bias = torch.randn(rows, D), torch.randn(V, D), torch.randn(V)
+    plan = sk.StepPlan.from_predictions(torch.arange(rows), torch.randint(0, V, (rows,)), torch.randint(0, S, (rows,)), S)
+    upstream = torch.randn(S)
+    results = []
+    for budget in (512, 100 * V * 4 / 2**20, 1e-6):
+        results.append(run((hidden, weight, bias), (True, True, True), upstream, lambda h, w, b, m=budget: sk.linear_step_logps(
+            h, w, plan, bias=b, logits_budget_mb=m)))
+    frozen = run((hidden, weight, bias), (True, False, False), upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b))
+    results.append((frozen[0], (frozen[1][0], *results[0][1][1:])))
+    for other in results[1:]:
+        torch.testing.assert_close(other[0], results[0][0], rtol=1e-5, atol=1e-5)
+        for a, b in zip(other[1], results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_mode_table() -> None:
+    assert modes.mode(True, False, False, True) == "frozen"
+    assert modes.mode(True, False, False, False) == "forward"
+    assert modes.mode(False, False, False, True) == "forward"
+    for needs in ((True, True, False), (False, True, False), (True, False, True), (False, False, True), (True, True, True)):
+        assert modes.mode(*needs, True) == "store"
+    assert modes.mode(True, False, False, True, entropy=True) == "store"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_budget_bounds_rows(device: str) -> None:
+    least = modes.LEAST_ROWS[device]
+    for V, itemsize, mib in ((128256, 2, 512), (65536, 4, 64), (257, 4, 512), (151936, 2, 1), (1, 4, 1)):
+        whole = int(mib * 2**20) // (V * itemsize)
+        for mode in modes.MODES:
+            kept, chunk = modes.budget(V, itemsize, mib, device, mode)
+            assert least <= chunk <= modes.MOST_ROWS and kept >= 0
+            assert kept == 0 or mode == "store"
+            assert kept + chunk <= max(whole, least)
+
+
+def test_chunks_cover_every_row_once() -> None:
+    for stop, size in ((0, 64), (1, 64), (64, 64), (65, 64), (1000, 64), (4097, 4096)):
+        pieces = modes.chunks(0, stop, size)
+        assert [row for start, end in pieces for row in range(start, end)] == list(range(stop))
+        assert all(0 < end - start <= size for start, end in pieces)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "store", "recompute"])
+def test_gradcheck_of_the_reference(mode: str) -> None:
+    case = RowCase("gradcheck", B=2, L=4, V=7, S=3, dtype=torch.float64, predictions="branching", bias=True)
+    given = make_predictions(case)
+    tensors = [t.double().requires_grad_(need) for t, need in zip(make_head(case, given), NEEDS[mode], strict=True)]
+    plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
+    for softcap in (None, 3.0):
+        def function(h, w, b, softcap=softcap):
+            return sk.linear_step_logps(h, w, plan, bias=b, softcap=softcap, temperature=0.7, logits_budget_mb=1e-6)
+        assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
+    case = RowCase("again", L=40, V=503, predictions="branching", bias=True)
+    given = make_predictions(case)
+    tensors = make_head(case, given)
+    plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
+    upstream = torch.randn(case.S)
+    for needs in NEEDS.values():
+        first, again = (run(tensors, needs, upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b, backend=backend))
+                        for _ in range(2))
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_backward_twice_and_tied_weight(backend: str, device: str) -> None:
+    """retain_graph gives the same gradient again, and a weight that is also the embedding gets both parts."""
+    V = 50
+    weight = torch.randn(V, D, requires_grad=True)
+    ids, labels = torch.randint(0, V, (2, 9)), torch.randint(0, V, (2, 9))
+
+    def loss(op_weight):
+        hidden = torch.nn.functional.embedding(ids, weight).tanh()
+        return sk.linear_step_logps(hidden, op_weight, labels, shift=1, backend=backend).square().sum()
+
+    out = loss(weight)
+    first, again = (torch.autograd.grad(out, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    logits = torch.nn.functional.linear(torch.nn.functional.embedding(ids, weight).tanh(), weight)
+    logp = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None]).sum((1, 2))
+    torch.testing.assert_close(first, torch.autograd.grad(logp.square().sum(), weight)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("argument", "value"), [
+    ("process_group", object()), ("lora_a", torch.zeros(1)), ("lora_b", torch.zeros(1)), ("lora_scaling", 2.0), ("return_entropy", True)])
+def test_what_waits_for_its_issue_raises(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"linear_step_logps: {argument} must be .*does not support it yet"):
+        sk.linear_step_logps(torch.randn(4, D), torch.randn(9, D), torch.zeros(4, dtype=torch.int64), shift=0, **{argument: value})
