@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,24 +85,25 @@ def load(
     path: str | Path,
     *,
     format: str | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     on_bad: str = "skip",
     step_tag: str = "ки",
     terminal: str = "answer",
+    warn: bool = True,
 ) -> DataFile:
     """Reads a JSONL or JSON file of any format in `formats.FORMATS`.
 
     format: a name from FORMATS; None detects it from the keys of the rows. value_range: (low, high) of the file's
     values where they differ from the format's own scale. on_bad: "skip" drops a bad row and records it, "error" raises
     on the first. step_tag: Math-Shepherd's. terminal: "answer" (leaves that state an answer end a solution) or "leaf"
-    (all leaves do), for formats without a mark of their own.
+    (all leaves do), for formats without a mark of their own. warn: log bad rows as they come up.
 
     Raises DataError (a ValueError) naming file and line for a bad row under on_bad="error", for a file of mixed or
     unknown formats, for one without rows and for one that is not JSON; ValueError for a bad argument.
     """
     wanted = _named_format(format)
     options = _options(wanted, value_range, on_bad, step_tag, terminal)
-    ledger = Ledger(str(path))
+    ledger = Ledger(str(path), warn=warn)
     records: list[Record] = []
     found, found_line = wanted, 0
     strangers: list[RawRow] = []
@@ -153,7 +155,7 @@ def _named_format(name: str | None) -> Format | None:
 
 
 def _options(
-    found: Format | None, value_range: tuple[float, float] | None, on_bad: str, step_tag: str, terminal: str
+    found: Format | None, value_range: Sequence[float] | None, on_bad: str, step_tag: str, terminal: str
 ) -> ReadOptions:
     if on_bad not in ("skip", "error"):
         raise ValueError(f"load: on_bad must be 'skip' or 'error', got {on_bad!r}")
@@ -163,7 +165,7 @@ def _options(
         raise ValueError(f"load: step_tag must be a text, got {step_tag!r}")
     if value_range is None:
         return ReadOptions(None, step_tag, terminal)
-    low, high = value_range
+    low, high = value_range if len(value_range) == 2 else (0, 0)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"load: value_range must be (low, high) with low < high, got {value_range!r}")
     if found is not None and not found.numeric:
@@ -202,10 +204,10 @@ def encode(
 ) -> EncodedData:
     """Tokenises every record with `tree_from_text`.
 
-    step_separator and step_end hold where the format does not carry its own white space (pairs do). A prompt that already holds chat markup
-    does not go through the chat template again. max_path_tokens: a step whose path, prompt included, is longer is left
-    out with all that follows it, and the row counts as truncated; a row that loses its last step, or the pair it is
-    there for, is dropped.
+    step_separator and step_end hold where the format does not carry its own white space (pairs do). A prompt that
+    already holds chat markup does not go through the chat template again. max_path_tokens: a step whose path, prompt
+    included, is longer is left out with all that follows it, and the row counts as truncated; a row of which no step is
+    left, or not the pair it is there for, is dropped.
 
     Raises DataError on the first row dropped under on_bad="error", ValueError for a bad argument.
     """
@@ -296,7 +298,7 @@ def read_trees(
     tokenizer: Any,
     *,
     format: str | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     on_bad: str = "skip",
     step_tag: str = "ки",
     terminal: str = "answer",

@@ -29,6 +29,7 @@ class Ledger:
     """What became of every row. `read` is counted as rows come from the file, the outcomes as rows are dealt with."""
 
     path: str
+    warn: bool = True
     facts: FileFacts = field(default_factory=FileFacts)
     read: int = 0
     outcome: dict[int, str] = field(default_factory=dict)
@@ -81,6 +82,8 @@ class Ledger:
             raise DataError(message)
         self.issues.append(Issue(action, row, line, kind, detail))
         self.outcome[row] = action
+        if not self.warn:
+            return
         if len(self.issues) <= _WARNINGS:
             log.warning("%s: %s", action, message)
         elif len(self.issues) == _WARNINGS + 1:

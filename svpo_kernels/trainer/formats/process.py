@@ -155,7 +155,7 @@ def _off_track(label: str, piece: str, at: int, step: int) -> RowProblem:
 
 
 def read_stepwise(row: dict[str, Any], options: ReadOptions) -> Record:
-    """`prompt`, `completions`, `labels`: one label a step; bool, int or float, soft labels stay soft, null unlabelled."""
+    """`prompt`, `completions`, `labels`: labels bool, int or float (soft ones stay soft), null is unlabelled."""
     prompt = need_type(need(row, "prompt"), (str, list), "prompt")
     prompt = need_messages(prompt, "prompt") if isinstance(prompt, list) else need_text(prompt, "prompt")
     texts = need_type(need(row, "completions"), list, "completions")
