@@ -1,25 +1,43 @@
 """svpo_kernels: fused ops, packed step trees and a trainer for step-level preference and process-reward training."""
 
+from .attention import PackingError, tree_attention_mask
 from .dispatch import backends
+from .flops import choose_max_tokens, count_flops
 from .linear_step_logps import linear_step_logps
+from .packing import StepBatch, distinct_batch, pack_trees
+from .packing_check import check_packing
 from .plan import StepPlan
 from .prm import aggregate_scores, prm_loss, prm_scores, prm_scores_from_lm_head
-from .step_loss import PRESETS, SVPOLoss, dvo_loss, svpo_loss
 from .step_logps import step_logps
+from .step_loss import PRESETS, SVPOLoss, dvo_loss, svpo_loss
+from .text import tree_from_text
+from .trees import StepNode, StepTree, select_pairs
 from .version import __version__
 
 __all__ = [
     "PRESETS",
+    "PackingError",
     "SVPOLoss",
+    "StepBatch",
+    "StepNode",
     "StepPlan",
+    "StepTree",
     "__version__",
     "aggregate_scores",
     "backends",
+    "check_packing",
+    "choose_max_tokens",
+    "count_flops",
+    "distinct_batch",
     "dvo_loss",
     "linear_step_logps",
+    "pack_trees",
     "prm_loss",
     "prm_scores",
     "prm_scores_from_lm_head",
+    "select_pairs",
     "step_logps",
     "svpo_loss",
+    "tree_attention_mask",
+    "tree_from_text",
 ]

@@ -8,7 +8,33 @@ import numpy as np
 
 from .trie import Trie
 
-WINDOW = 256  # items clustered together: the gains of all pairs of clusters are held, 256 KiB here
+WINDOW = 256  # items clustered together; the gain of merging any two is held, 512 KiB
+# A merge that saves s tokens makes a dense mask attend to more that cannot be seen. Counted at a tenth of a full pack's
+# width it costs no tokens to speak of and a 4000-token pack 0.3 % fewer FLOPs (three real trees, Llama-3-8B shape).
+WASTE = 0.1
+
+
+class Sizes:
+    """Tokens of any union of items, without walking the trie.
+
+    The paths to positions a < b (depth first) share as many tokens as the least depth among a + 1 ... b, so the union
+    of paths to sorted ends has the sum of their lengths less the sum of what neighbours share.
+    """
+
+    def __init__(self, trie: Trie, items: Sequence[tuple[int, ...]]) -> None:
+        ends = np.unique(np.array([e for item in items for e in item], dtype=np.int64))
+        self.items = [np.searchsorted(ends, item) for item in items]
+        self.length = trie.depth[ends] + 1
+        inner = ends[:-1] + 1
+        self.shared = np.minimum.reduceat(trie.depth[:ends[-1] + 1], inner) if len(inner) else inner
+
+    def union(self, numbers: Sequence[int]) -> int:
+        """Tokens that the items of these numbers need together."""
+        if not len(numbers):
+            return 0
+        at = np.unique(np.concatenate([self.items[n] for n in numbers]))
+        shared = np.minimum.reduceat(self.shared[:at[-1]], at[:-1]).sum() if len(at) > 1 else 0
+        return int(self.length[at].sum() - shared)
 
 
 def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
@@ -19,34 +45,41 @@ def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[l
     needs more than max_tokens stays alone: the caller checks.
     """
     order = sorted(range(len(items)), key=lambda n: (max(items[n]), min(items[n])))
+    sizes = Sizes(trie, items)
+    if sizes.union(order) <= max_tokens:
+        return [order] if order else []
     clusters: list[list[int]] = []
     for first in range(0, len(order), WINDOW):
         window = order[first:first + WINDOW]
         clusters += [[window[n] for n in cluster] for cluster in _cluster(trie, [items[n] for n in window], max_tokens)]
     place = {n: at for at, n in enumerate(order)}
     clusters = sorted((sorted(cluster, key=place.__getitem__) for cluster in clusters), key=lambda c: place[c[0]])
-    return _fill(trie, items, clusters, max_tokens)
+    return _fill(sizes, clusters, max_tokens)
 
 
 def _cluster(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
     member, weight = _classes(trie, items)
     clusters = [[n] for n in range(len(items))]
+    open_ = np.ones(len(items), dtype=bool)
     size = member @ weight
     shared = (member * weight) @ member.T
 
-    gain = np.where(size[:, None] + size - shared <= max_tokens, shared, 0.0)
-    np.fill_diagonal(gain, 0.0)
-    while len(items) and gain.max() > 0:
-        i, j = sorted(divmod(int(gain.argmax()), len(items)))
+    def gain(a: np.ndarray, b: np.ndarray, shared: np.ndarray) -> np.ndarray:
+        union = a + b - shared
+        return np.where(union <= max_tokens, shared - WASTE * (union**2 - a**2 - b**2) / max_tokens, 0.0)
+
+    gains = gain(size[:, None], size[None, :], shared)
+    np.fill_diagonal(gains, 0.0)
+    while len(items) and gains.max() > 0:
+        i, j = sorted(divmod(int(gains.argmax()), len(items)))
         clusters[i] += clusters[j]
-        clusters[j] = []
-        member[i] = np.maximum(member[i], member[j])
+        clusters[j], open_[j] = [], False
+        np.maximum(member[i], member[j], out=member[i])
         size[i] = member[i] @ weight
-        shared[i] = shared[:, i] = member @ (member[i] * weight)
-        open_ = np.array([bool(cluster) for cluster in clusters])
-        open_[i] = False
-        gain[i] = gain[:, i] = np.where(open_ & (size[i] + size - shared[i] <= max_tokens), shared[i], 0.0)
-        gain[j] = gain[:, j] = 0.0
+        row = gain(size[i], size, member @ (member[i] * weight))
+        row[~open_] = row[i] = 0.0
+        gains[i] = gains[:, i] = row
+        gains[j] = gains[:, j] = 0.0
     return [cluster for cluster in clusters if cluster]
 
 
@@ -54,8 +87,9 @@ def _classes(trie: Trie, items: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, 
     """(items, classes) 0/1 and the tokens of each class: positions that the same items need are one class."""
     ends = np.unique(np.array([e for item in items for e in item], dtype=np.int64))
     held = np.nonzero(trie.needed(ends))[0]
-    below = np.searchsorted(ends, held), np.searchsorted(ends, trie.subtree_end[held])
-    (low, high), weight = np.unique(np.stack(below), axis=1, return_counts=True)
+    below = np.searchsorted(ends, held) * (len(ends) + 1) + np.searchsorted(ends, trie.subtree_end[held])
+    key, weight = np.unique(below, return_counts=True)
+    low, high = np.divmod(key, len(ends) + 1)  # a position is needed for ends[low:high]
     member = np.zeros((len(items), len(weight)))
     for n, item in enumerate(items):
         for e in np.searchsorted(ends, item):
@@ -63,14 +97,12 @@ def _classes(trie: Trie, items: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, 
     return member, weight.astype(np.float64)
 
 
-def _fill(trie: Trie, items: Sequence[tuple[int, ...]], clusters: list[list[int]], max_tokens: int) -> list[list[int]]:
+def _fill(sizes: Sizes, clusters: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Join clusters, in order, while their union fits: a pack is closed when the next one does not."""
     packs: list[list[int]] = []
     for cluster in clusters:
-        if packs:
-            joined = packs[-1] + cluster
-            if trie.needed([e for n in joined for e in items[n]]).sum() <= max_tokens:
-                packs[-1] = joined
-                continue
-        packs.append(cluster)
+        if packs and sizes.union(packs[-1] + cluster) <= max_tokens:
+            packs[-1] = packs[-1] + cluster
+        else:
+            packs.append(cluster)
     return packs

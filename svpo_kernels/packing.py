@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import fail, require_choice
-from .cuts import cut
+from .cuts import Sizes, cut
 from .plan import StepPlan, as_index
 from .trees import StepTree, as_pairs
 from .trie import Trie
@@ -27,8 +27,8 @@ class StepBatch(dict):
     row of each step's last token. value_targets: (S,) float32, NaN = none here. ref_step_logps: (S,) float32 from
     the nodes' ref_logp (0 outside pairs), or None without any. sft_steps: (F,) int64 into S. node_of_step: (S, 2)
     int64, (tree, node). counts: (pairs, labelled steps, SFT steps). path_lengths: (shortest, longest) separate run.
-    pairwise_tokens: unpadded tokens of the naive run, two whole sequences a pair (and one for what no pair's sequence
-    passes); distinct_tokens: each distinct one of those once, counted in the first pack that has it.
+    pairwise_tokens: unpadded tokens of the naive run, two whole sequences a pair (and one for what no pair's
+    sequence passes); distinct_tokens: each distinct one of those once, counted in the first pack that has it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -73,8 +73,9 @@ def pack_trees(trees: Sequence[StepTree], pairs: Sequence[Any], *, max_tokens: i
         fail("pack_trees", "max_tokens", "an int >= 1", max_tokens)
     request = Request("pack_trees", trees, pairs, values, sft)
     packs = cut(request.trie, request.items, max_tokens)
+    sizes = Sizes(request.trie, request.items)
     for pack in packs:
-        if len(pack) == 1 and (tokens := int(request.trie.needed(request.items[pack[0]]).sum())) > max_tokens:
+        if len(pack) == 1 and (tokens := sizes.union(pack)) > max_tokens:
             fail("pack_trees", "max_tokens", f">= {tokens}, the tokens of {request.name(pack[0])}", max_tokens)
     unseen = Unseen(request)
     return [_pack(request, pack, unseen) for pack in packs]
@@ -115,7 +116,8 @@ def empty_batch() -> StepBatch:
         subtree_end=torch.ones(1, dtype=torch.int64), plan=StepPlan.from_predictions(index, index, index, 0),
         pairs=index.reshape(0, 2), value_positions=index, value_targets=torch.zeros(0), ref_step_logps=None,
         sft_steps=index, node_of_step=index.reshape(0, 2), counts=(0, 0, 0), path_lengths=(1, 1),
-        pairwise_tokens=0, distinct_tokens=0)
+        lengths=None, pairwise_tokens=0, distinct_tokens=0,
+        pairwise_lengths=(), distinct_lengths=(), pairwise_rows=0, distinct_rows=0)
 
 
 class Request:
@@ -203,7 +205,7 @@ class Unseen:
 
     def __init__(self, request: Request) -> None:
         self.valued, self.sft = request.valued, request.sft
-        self.sequence = np.ones(len(request.trie.token), dtype=bool)
+        self.sequence, self.scored = np.ones((2, len(request.trie.token)), dtype=bool)  # by end
 
 
 def _pack(request: Request, items: list[int], unseen: Unseen) -> StepBatch:
@@ -236,19 +238,31 @@ def _steps(request: Request, items: list[int], unseen: Unseen, held: np.ndarray,
     positions = np.concatenate([np.zeros(0, np.int64), *scored])
     ids = np.repeat(np.arange(S), [len(s) for s in scored])
     ends = request.sequence_ends(items)
-    every = np.array([e for n in items for e in request.items[n]], dtype=np.int64)
     lengths = trie.depth[ends] + 1
-    fresh = unseen.sequence[ends]
-    unseen.sequence[ends] = False
     return StepBatch(
-        input_ids=None, position_ids=None, subtree_end=None,
+        input_ids=None, position_ids=None, subtree_end=None, lengths=None,
         plan=StepPlan.from_predictions(row_of[trie.parent[positions]], trie.token[positions], ids, S),
         pairs=torch.from_numpy(index[pairs]), value_positions=torch.from_numpy(row_of[end[steps]]),
         value_targets=targets, ref_step_logps=_ref_logps(request, steps, pairs),
         sft_steps=torch.from_numpy(index[sft]), node_of_step=torch.from_numpy(request.node[steps]),
         counts=(len(pairs), len(here), len(sft)),
         path_lengths=(int(lengths.min()), int(lengths.max())) if len(ends) else (0, 0),
-        pairwise_tokens=int((trie.depth[every] + 1).sum()), distinct_tokens=int(lengths[fresh].sum()))
+        **_naive_runs(request, items, unseen, np.concatenate([pairs.ravel(), np.setdiff1d(sft, pairs)])))
+
+
+def _naive_runs(request: Request, items: list[int], unseen: Unseen, scored: np.ndarray) -> dict[str, Any]:
+    """What runs without trees cost for these items. scored: numbers of the nodes whose log-prob they take, one each."""
+    trie, end = request.trie, request.trie.end
+    each = np.array([e for n in items for e in request.items[n]], dtype=np.int64)
+    fresh = request.sequence_ends(items)
+    fresh = fresh[unseen.sequence[fresh]]
+    unseen.sequence[fresh] = False
+    pairwise, distinct = (tuple((trie.depth[ends] + 1).tolist()) for ends in (each, fresh))
+    rows = {int(end[g]): len(trie.steps[g]) for g in scored if unseen.scored[end[g]]}
+    unseen.scored[end[scored]] = False
+    return dict(pairwise_lengths=pairwise, distinct_lengths=distinct, pairwise_tokens=sum(pairwise),
+                distinct_tokens=sum(distinct), pairwise_rows=sum(len(trie.steps[g]) for g in scored),
+                distinct_rows=sum(rows.values()))
 
 
 def _split(numbers: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

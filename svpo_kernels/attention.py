@@ -1,0 +1,219 @@
+"""Masks for packed trees, and the inputs that a Hugging Face model takes them through, unpatched.
+
+Query q sees key k exactly when k <= q < subtree_end[k]: one integer per token says packing, prefix sharing and
+branching. `packing_check.py` compares a model's packed run with separate runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import FLOATS, INTEGERS, fail, require_choice
+
+KINDS = {"sdpa": "dense", "eager": "additive", "flex_attention": "block"}  # attention implementation -> mask
+PACKABLE = ("full_attention", "sliding_attention")
+WHY_NOT = {
+    "linear_attention": "it carries a state from token to token",
+    "mamba": "it carries a state from token to token",
+    "recurrent": "it carries a state from token to token",
+    "hybrid": "it carries a state from token to token beside its attention",
+    "hybrid_sliding": "it carries a state from token to token beside its attention",
+    "conv": "its convolution mixes neighbouring rows, whatever the mask",
+    "chunked_attention": "its chunks are counted in rows, not in positions along a path",
+}
+STATEFUL = ("Mamba", "SSM", "DeltaNet", "Rwkv", "RecurrentBlock", "LinearAttention", "LightningAttention", "Retention",
+            "ShortConv", "GatedLinear")  # parts of module class names
+
+
+class PackingError(ValueError, RuntimeError):
+    """This model cannot run packed trees exactly; the message names the layer type and the reason."""
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+
+def tree_attention_mask(subtree_end: Tensor, kind: str = "dense", *, window: int | None = None,
+                        position_ids: Tensor | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The mask of a pack, on subtree_end's device.
+
+    subtree_end: (T,) integers, the index just past each token's subtree. kind: "dense", bool (1, 1, T, T), True =
+    visible (sdpa); "additive", 0 where visible, else the least finite value of dtype (eager; float32 by default);
+    "block", a FlexAttention BlockMask (its backward needs CUDA). window: a token sees those less than `window` before
+    it, itself included, counted in position_ids, (T,) or (1, T). Every token sees itself, so no row is empty.
+
+    Raises ValueError or TypeError for bad shapes, dtypes or kinds, and for a window without position_ids.
+    """
+    op = "tree_attention_mask"
+    require_choice(op, "kind", kind, ("dense", "additive", "block"))
+    if not isinstance(subtree_end, Tensor) or subtree_end.dtype not in INTEGERS or subtree_end.dim() != 1:
+        fail(op, "subtree_end", "a (T,) integer tensor", subtree_end, TypeError)
+    T, device = subtree_end.shape[0], subtree_end.device
+    if dtype is not None and (kind != "additive" or dtype not in FLOATS):
+        fail(op, "dtype", "a floating dtype, with kind='additive' only", f"{dtype} with kind={kind!r}")
+    if window is not None:
+        if window < 1:
+            fail(op, "window", ">= 1 or None", window)
+        if position_ids is None:
+            fail(op, "position_ids", "given with a window (it is counted in them)", None)
+        if position_ids.shape not in ((T,), (1, T)):
+            fail(op, "position_ids", f"(T,) or (1, T) with T = {T}", position_ids)
+        position_ids = position_ids.reshape(T).to(device)
+
+    if kind == "block":
+        return _block_mask(subtree_end, window, position_ids)
+    index = torch.arange(T, device=device)
+    visible = (index <= index[:, None]) & (index[:, None] < subtree_end)
+    if window is not None:
+        visible &= position_ids[:, None] - position_ids < window
+    visible = visible[None, None]
+    if kind == "dense":
+        return visible
+    dtype = dtype or torch.float32
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _block_mask(subtree_end: Tensor, window: int | None, position_ids: Tensor | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    T = subtree_end.shape[0]
+    if T == 0:
+        fail("tree_attention_mask", "subtree_end", "at least one token for kind='block'", subtree_end)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= q) & (q < subtree_end[k])
+        return seen if window is None else seen & (position_ids[q] - position_ids[k] < window)
+
+    return create_block_mask(visible, None, None, T, T, device=str(subtree_end.device))
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DistributedDataParallel, torch.compile or PEFT wrappers."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of an unwrapped model that gives hidden states: a causal LM without its head."""
+    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+
+
+def text_config(model: nn.Module) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
+    """input_ids, position_ids and attention_mask of a StepBatch for this Hugging Face model, on the batch's device.
+
+    A pack's mask is 4D, in the form that the model's attention implementation takes (bool for sdpa, additive in the
+    model's dtype for eager, a BlockMask for flex_attention), one per layer type where some layers have a window. A
+    distinct batch has a plain (B, L) padding mask.
+
+    Raises PackingError, naming the layer type, for a model that a pack is not exact for.
+    """
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.lengths is not None:
+        L = batch.input_ids.shape[1]
+        mask = torch.arange(L, device=batch.lengths.device) < batch.lengths[:, None]
+        return inputs | {"attention_mask": mask.to(torch.int64)}
+    model = unwrap(model)
+    reason = unpackable(model, batch.path_lengths)
+    if reason is not None:
+        raise PackingError(f"model_inputs: {type(model).__name__} cannot run a pack: {reason}; distinct_batch can do")
+    config = text_config(model)
+    kind = KINDS[config._attn_implementation]
+    dtype = model.dtype if kind == "additive" else None
+    masks = {}
+    for layer_type, window in layer_windows(config).items():
+        masks[layer_type] = tree_attention_mask(batch.subtree_end, kind, window=window, dtype=dtype,
+                                                position_ids=batch.position_ids)
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))  # one kind of layer: every model takes a tensor
+    return inputs | {"attention_mask": mask}
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Window of each layer type of a packable model; the rule of transformers' own `create_masks_for_generate`."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:
+        return {"full_attention": None} if window is None else {"sliding_attention": window}
+    return {t: window if t == "sliding_attention" else None for t in sorted(set(layer_types))}
+
+
+def unpackable(model: nn.Module, path_lengths: tuple[int, int] = (0, 0)) -> str | None:
+    """Why packs are not exact for this (unwrapped) model, as far as config and modules tell; None if nothing does.
+
+    path_lengths: the shortest and longest separate run, for RoPE that depends on length.
+    """
+    config = text_config(model)
+    return (_layers_reason(model, config) or _implementation_reason(config) or _position_reason(config)
+            or _rope_reason(config, *path_lengths))
+
+
+def _layers_reason(model: nn.Module, config: Any) -> str | None:
+    layers = next((m for n, m in decoder(model).named_modules() if isinstance(m, nn.ModuleList) and n == "layers"), ())
+    types = getattr(config, "layer_types", None) or []
+    for i, layer_type in enumerate(types):
+        if layer_type not in PACKABLE:
+            name = f" ({type(layers[i]).__name__})" if i < len(layers) else ""
+            why = WHY_NOT.get(layer_type, "it is not known to see other tokens through a mask and positions only")
+            return f"layer {i} is of type {layer_type!r}{name}: {why}"
+    if getattr(config, "attention_chunk_size", None) and "full_attention" not in types:
+        return f"its layers are of type 'chunked_attention': {WHY_NOT['chunked_attention']}"
+    for name, module in decoder(model).named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return f"{name} is of type 'conv' ({type(module).__name__}): {WHY_NOT['conv']}"
+        if any(part in type(module).__name__ for part in STATEFUL):
+            return f"{name} is of type 'linear_attention' ({type(module).__name__}): {WHY_NOT['linear_attention']}"
+    if "sliding_attention" in layer_windows(config):
+        code = sys.modules[type(decoder(model)).__module__]
+        if not hasattr(code, "create_sliding_window_causal_mask"):
+            return "its config has a window ('sliding_attention'), but its code makes no windowed mask"
+    return None
+
+
+def _implementation_reason(config: Any) -> str | None:
+    chosen = getattr(config, "_attn_implementation", None)
+    if chosen in KINDS:
+        return None
+    return (f"attention implementation {chosen!r} takes no mask per token (its layers would see other branches); "
+            f"load it with attn_implementation one of {', '.join(KINDS)}")
+
+
+def _position_reason(config: Any) -> str | None:
+    if (getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+            or getattr(config, "position_embedding_type", "") == "alibi" or config.model_type == "bloom"):
+        return "its attention layers are of type 'alibi': the bias counts rows, not positions along a path"
+    if getattr(config, "is_encoder_decoder", False):
+        return "its layers are of type 'encoder_decoder'"
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        return "its layers are of type 'bidirectional_attention': a token sees later ones"
+    if getattr(config, "output_router_logits", False):
+        return "its 'sparse' layers add a router loss over all rows (output_router_logits=True), once per shared token"
+    return None
+
+
+def _rope_reason(config: Any, shortest: int, longest: int) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    tables = {layer: table for layer, table in rope.items() if isinstance(table, dict)} or {"every": rope}
+    for layer, table in tables.items():
+        kind = table.get("rope_type", table.get("type", "default"))
+        limit = table.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+        limit = limit or config.max_position_embeddings
+        unequal = shortest <= limit if kind == "longrope" else kind == "dynamic" and shortest < longest
+        if longest > limit and unequal:
+            return (f"the RoPE of {layer} attention layer is of type {kind!r}: above {limit} positions it depends on "
+                    f"the length of the run, and the paths have {shortest} to {longest} tokens")
+    return None

@@ -1,0 +1,177 @@
+"""Training FLOPs, counted: of packs, of the naive pairwise run, of each distinct sequence once.
+
+A product (m, k) x (k, n) is 2 m k n; the backward of a product is two of its size, so training is three forwards.
+Counted are all matrix products: those per token, attention (QK^T and PV), and lm_head for the scored rows only, on
+every side alike. "dense" attention pays T * T a pack and L * L a sequence, as torch's own counter does for sdpa and
+eager; "exact" pays the visible (query, key) pairs only, as an attention does that never builds (T, T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ._checks import fail, require_choice
+from .cuts import Sizes, cut
+from .packing import Request, StepBatch
+from .trees import StepTree
+
+SAMPLE = 1024  # pairs that choose_max_tokens looks at
+STEP, PATIENCE = 1.1, 8  # it tries sizes 10 % apart and stops after eight without a gain (2.1 x the best)
+
+
+class ModelCost(NamedTuple):
+    """Forward FLOPs of a causal LM: per token, per lm_head row, and per (query, key) pair of its attention layers.
+
+    attention: (window or None, FLOPs per pair) of each group of equal layers.
+    """
+
+    token: int
+    row: int
+    attention: tuple[tuple[int | None, int], ...]
+
+    def training(self, tokens: int, rows: int, pairs: Iterable[tuple[int | None, int]]) -> int:
+        """FLOPs of forward and backward. pairs: what each window (None: no window) has as (query, key) pairs."""
+        seen = dict(pairs)
+        return 3 * (self.token * tokens + self.row * rows + sum(cost * seen[window] for window, cost in self.attention))
+
+
+class FlopCount(NamedTuple):
+    """Training FLOPs of the same loss and gradients: as packed, pairwise, and each distinct sequence once."""
+
+    packed: int
+    pairwise: int
+    distinct: int
+
+    @property
+    def saved(self) -> tuple[float, float]:
+        """Shares of the pairwise and of the distinct run's FLOPs that packing saves."""
+        return 1 - self.packed / max(self.pairwise, 1), 1 - self.packed / max(self.distinct, 1)
+
+
+def model_cost(config: Any) -> ModelCost:
+    """The cost of a Hugging Face causal LM, read off its weights on the meta device: nothing is allocated.
+
+    Of E experts a token meets num_experts_per_tok. Raises ValueError for a config without attention heads.
+    """
+    return _model_cost(type(config), config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=32)
+def _model_cost(kind: type, as_json: str) -> ModelCost:
+    import json
+
+    from transformers import AutoModel
+
+    config = kind.from_dict(json.loads(as_json))
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts")
+                    if (n := getattr(config, name, None))), 0)
+    token = 0.0
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 and id(weight) not in embeddings:
+            routed = experts and (".experts." in name) and "shared" not in name
+            token += 2 * weight.numel() * (config.num_experts_per_tok / experts if routed else 1.0)
+    return ModelCost(round(token), 2 * config.hidden_size * config.vocab_size, _attention(config))
+
+
+def _attention(config: Any) -> tuple[tuple[int | None, int], ...]:
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        fail("model_cost", "config", "of a model with attention heads", type(config).__name__)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    qk, v = getattr(config, "qk_head_dim", None) or size, getattr(config, "v_head_dim", None) or size
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "layer_types", None) and window is not None:
+        types = ["sliding_attention"] * config.num_hidden_layers
+    count: dict[int | None, int] = {}
+    for layer_type in types:
+        if "attention" in layer_type and layer_type != "linear_attention":
+            key = window if layer_type == "sliding_attention" else None
+            count[key] = count.get(key, 0) + 2 * heads * (qk + v)
+    return tuple(count.items())
+
+
+def count_flops(config: Any, batches: StepBatch | Iterable[StepBatch], attention: str = "dense") -> FlopCount:
+    """Training FLOPs of these batches and of the runs they replace. attention: "dense" or "exact", on all sides.
+
+    A distinct batch counts unpadded: as the best that can be done without trees.
+    """
+    require_choice("count_flops", "attention", attention, ("dense", "exact"))
+    cost = model_cost(config)
+    total = np.zeros(3, dtype=object)
+    for batch in [batches] if isinstance(batches, StepBatch) else batches:
+        pairwise = _sequences(cost, batch.pairwise_lengths, batch.pairwise_rows, attention)
+        distinct = _sequences(cost, batch.distinct_lengths, batch.distinct_rows, attention)
+        packed = distinct
+        if batch.lengths is None:
+            depth = batch.position_ids.reshape(-1).cpu().numpy()
+            packed = _pack(cost, depth, batch.plan.rows.shape[0], attention)
+        total += (packed, pairwise, distinct)
+    return FlopCount(*map(int, total))
+
+
+def _pack(cost: ModelCost, depth: np.ndarray, rows: int, attention: str) -> int:
+    T = len(depth)
+    return cost.training(T, rows, [(w, T * T if attention == "dense" else _visible(depth + 1, w))
+                                   for w, _ in cost.attention])
+
+
+def _sequences(cost: ModelCost, lengths: Sequence[int], rows: int, attention: str) -> int:
+    L = np.array(lengths, dtype=np.int64)
+    pairs = []
+    for window, _ in cost.attention:
+        inside = np.minimum(L, window or L.max(initial=0))  # queries that see everything before them
+        exact = inside * (inside + 1) // 2 + (L - inside) * inside
+        pairs.append((window, int((L * L if attention == "dense" else exact).sum())))
+    return cost.training(int(L.sum()), rows, pairs)
+
+
+def _visible(seen: np.ndarray, window: int | None) -> int:
+    return int((seen if window is None else np.minimum(seen, window)).sum())
+
+
+def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_config: Any) -> int:
+    """The max_tokens for `pack_trees` that minimises counted training FLOPs of this model: `max_tokens: auto`.
+
+    A larger pack repeats less and, under a dense mask, attends to more that it cannot see; with flex_attention in the
+    config nothing is attended in vain. Sizes are tried from the largest pair's up; of many pairs the first 1024 are
+    looked at. Memory is not considered.
+
+    Raises what pack_trees raises for bad trees and pairs, and ValueError when there is no pair.
+    """
+    request = Request("choose_max_tokens", trees, pairs, "pairs", None)
+    if not request.items:
+        fail("choose_max_tokens", "pairs", "at least one pair", "none")
+    cost = model_cost(model_config)
+    attention = "exact" if getattr(model_config, "_attn_implementation", None) == "flex_attention" else "dense"
+    sizes = Sizes(request.trie, request.items)
+    least = max(sizes.union([n]) for n in range(len(request.items)))
+    items = request.items[:SAMPLE]
+    most = max(least, sizes.union(range(len(items))))
+    if attention == "exact":
+        return most
+    best, size, waited = (np.inf, most), float(least), 0
+    while size < most and waited < PATIENCE:
+        flops = sum(_pack(cost, *_held(request, pack), attention) for pack in cut(request.trie, items, int(size)))
+        waited = 0 if flops < best[0] else waited + 1
+        best = min(best, (flops, int(size)))
+        size *= STEP
+    whole = _pack(cost, *_held(request, list(range(len(items)))), attention)
+    return min(best, (whole, most))[1]
+
+
+def _held(request: Request, pack: list[int]) -> tuple[np.ndarray, int]:
+    """Depths of a pack's positions, and its distinct scored rows."""
+    trie = request.trie
+    depth = trie.depth[trie.needed(request.sequence_ends(pack))]
+    scored = np.concatenate([trie.steps[g] for g in np.unique(request.pairs[pack])])
+    return depth, len(np.unique(trie.parent[scored]))

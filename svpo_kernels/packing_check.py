@@ -1,0 +1,137 @@
+"""Is a model's packed run the same as separate runs? Asked of the model itself, before training on packs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import PackingError, decoder, model_inputs, text_config, unpackable, unwrap
+
+NOISE_FACTOR = 4.0  # a packed run may differ this many times more than two separate runs do
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+
+
+class PackingCheck(NamedTuple):
+    """error: largest relative difference of a token's hidden state, packed against alone. allowed: what it may be.
+    path: rows of the tested path in the pack, (L,) int64."""
+
+    error: float
+    allowed: float
+    path: Tensor
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
+    """One path of the batch against its separate run, in the run's own dtype and mode. Raises when they differ.
+
+    First what config and modules tell (see `unpackable`; also dropout and router noise in training mode), then the
+    hidden states of the path that most would go wrong for (long, with many other rows in between), packed and alone.
+    The difference is judged against that of two separate runs of the path, alone and in a padded batch. A distinct
+    batch has nothing to check.
+
+    Raises PackingError (a ValueError and RuntimeError) with the figures and the layer type.
+    """
+    if batch.lengths is not None:
+        return PackingCheck(0.0, 0.0, torch.zeros(0, dtype=torch.int64))
+    model = unwrap(model)
+    reason = unpackable(model, batch.path_lengths) or _random(decoder(model))
+    if reason is not None:
+        raise PackingError(f"check_packing: {type(model).__name__} cannot run a pack: {reason}")
+    path = telling_path(batch)
+    packed_inputs, alone_inputs, padded_inputs = _runs(batch, model, path)
+    packed = _hidden(model, packed_inputs)[-1][0, path]
+    alone = _hidden(model, alone_inputs)[-1][0]
+    padded = _hidden(model, padded_inputs)[-1][0]
+    floor = FLOOR[_run_dtype(alone)]
+    error, allowed = _judge(model, packed, alone, padded, floor)
+    if not error <= allowed:  # NaN is a difference too
+        raise PackingError(
+            f"check_packing: {type(model).__name__} gives other hidden states packed than alone: relative difference "
+            f"{error:.2e}, allowed {allowed:.2e} (noise of two separate runs), on a path of {len(path)} tokens among "
+            f"{batch.input_ids.shape[1]}, first at {_where(model, packed_inputs, alone_inputs, padded_inputs, path)}")
+    return PackingCheck(error, allowed, path)
+
+
+def telling_path(batch: Any) -> Tensor:
+    """Rows of the path to a step's end that is long and has many rows of other paths before its last: (L,) int64."""
+    T = batch.input_ids.shape[1]
+    depth = batch.position_ids.reshape(-1)
+    ends = batch.value_positions if batch.value_positions.numel() else torch.arange(T, device=depth.device)
+    length = depth[ends] + 1
+    end = ends[(length * (ends + 2 - length)).argmax()]
+    rows = torch.arange(T, device=depth.device)
+    return rows[(rows <= end) & (end < batch.subtree_end)]
+
+
+def _runs(batch: Any, model: nn.Module, path: Tensor) -> tuple[dict[str, Any], ...]:
+    """Inputs of the pack, of the path alone, and of the path in a padded batch beside its own first half."""
+    ids = batch.input_ids[:, path]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    mask = torch.ones(2, ids.shape[1], dtype=torch.int64, device=ids.device)
+    mask[1, (ids.shape[1] + 1) // 2:] = 0
+    return (model_inputs(batch, model), {"input_ids": ids, "position_ids": positions},
+            {"input_ids": ids.repeat(2, 1), "position_ids": positions.repeat(2, 1), "attention_mask": mask})
+
+
+def _hidden(model: nn.Module, inputs: dict[str, Any], every: bool = False) -> tuple[Tensor, ...]:
+    output = decoder(model)(**inputs, use_cache=False, output_hidden_states=every, return_dict=True)
+    if every:
+        return output.hidden_states
+    return (output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits,)
+
+
+def _run_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype that products were taken in: autocast and TF32 round more than the hidden states' dtype says."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    tf32 = device == "cuda" and hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return torch.float16 if tf32 else hidden.dtype
+
+
+def _judge(model: nn.Module, packed: Tensor, alone: Tensor, padded: Tensor, floor: float) -> tuple[float, float]:
+    """(error, allowed). Per token, then the largest; under rounding a router may send single tokens elsewhere, so a
+    mixture of experts in low precision is judged by the token nine tenths up."""
+    config = text_config(model)
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    q = 0.9 if experts and floor > 1e-4 else 1.0
+
+    def difference(a: Tensor) -> float:
+        a, b = a.double(), alone.double()
+        each = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+        return float(torch.quantile(each, q)) if bool(each.isfinite().all()) else float("nan")
+
+    return difference(packed), NOISE_FACTOR * difference(padded) + floor
+
+
+def _where(model: nn.Module, packed: dict[str, Any], alone: dict[str, Any], padded: dict[str, Any],
+           path: Tensor) -> str:
+    """The first layer whose output differs, with its type."""
+    runs = [_hidden(model, inputs, every=True) for inputs in (packed, alone, padded)]
+    types = getattr(text_config(model), "layer_types", None) or []
+    layers = getattr(decoder(model), "layers", None) or getattr(decoder(model), "h", None) or ()
+    for i, (p, a, n) in enumerate(zip(*runs, strict=True)):
+        error, allowed = _judge(model, p[0, path], a[0], n[0], FLOOR[_run_dtype(a)])
+        if not error <= allowed:
+            if i == 0:
+                return "the embedding (position ids)"
+            kind = types[i - 1] if i - 1 < len(types) else "attention"
+            name = type(layers[i - 1]).__name__ if i - 1 < len(layers) else "unnamed"
+            return f"layer {i - 1}, of type {kind!r} ({name})"
+    return f"the last layer, of type {types[-1] if types else 'attention'!r}"
+
+
+def _random(module: nn.Module) -> str | None:
+    """Dropout or router noise that is on: shared tokens draw it once where separate runs draw it for each path."""
+    for name, part in module.named_modules():
+        if not part.training:
+            continue
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return f"{name} is of type 'dropout' (p = {part.p}) in training mode; see disable_dropout"
+        for key, value in vars(part).items():
+            noisy = "dropout" in key or "jitter" in key or "layerdrop" in key
+            if noisy and isinstance(value, float) and value > 0:
+                return f"{name}.{key} is of type 'dropout' (= {value}) in training mode; see disable_dropout"
+    return None
