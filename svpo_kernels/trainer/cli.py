@@ -1,0 +1,170 @@
+"""The command line `svpo`. Heavy imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Step-level preference and value training on step trees, with shared prefixes computed once.\n\n"
+    "Begin with `svpo demo` (no file, no download, minutes on a CPU), look at your own data with `svpo data FILE`, "
+    "then train with `svpo train CONFIG.yaml`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+TRAIN_HELP = """Train a model on step trees or step pairs.
+
+CONFIG is YAML. Its keys are those of SVPOConfig: every argument of svpo_loss and every field of transformers'
+TrainingArguments among them. Any key may be given again as key=value. A smallest configuration:
+
+\b
+    model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
+    train_file: trees.jsonl
+    output_dir: run1
+    preset: svpo            # or step_dpo, mcts_dpo, rstar, alphamath
+    min_gap: 0.6            # pairs whose values, in [-1, 1], differ by more
+    pairs_per_step: 64
+
+A run that was killed goes on from its newest complete checkpoint when the same command is given again.
+
+\b
+    svpo train run1.yaml
+    svpo train run1.yaml learning_rate=5e-7 peft=lora bf16=true
+    torchrun --nproc-per-node 8 -m svpo_kernels.trainer.cli train run1.yaml
+"""
+
+
+def fail(message: str) -> None:
+    """One line to stderr, exit code 1."""
+    typer.secho(message, err=True, fg=typer.colors.RED)
+    raise typer.Exit(1)
+
+
+@app.command(help=TRAIN_HELP)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Override keys.")] = None,
+) -> None:
+    import torch
+
+    command = launcher(sys.argv[1:], torch.cuda.device_count(), os.environ)
+    if command is not None:
+        typer.echo(f"{torch.cuda.device_count()} GPUs are visible: starting one process on each", err=True)
+        os.execv(command[0], command)
+    from .config import load_config
+    from .run import run_training
+
+    with errors_in_one_line():
+        run_training(load_config(config, overrides or []))
+
+
+def launcher(arguments: list[str], devices: int, environment: "os._Environ[str] | dict[str, str]") -> list[str] | None:
+    """The command that starts one process a GPU, None when there is one GPU, none, or a launcher already."""
+    started = any(name in environment for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION"))
+    if devices < 2 or started:
+        return None
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+            "--num_processes", str(devices), "--mixed_precision", "no", "--dynamo_backend", "no",
+            "-m", "svpo_kernels.trainer.cli", *arguments]
+
+
+@app.command()
+def data(
+    file: Annotated[Path, typer.Argument(help="JSON or JSONL in any supported format.")],
+    tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer (directory or hub name), to count tokens.")] = None,
+    format: Annotated[Optional[str], typer.Option(help="Name of the format; default: detected from the keys.")] = None,
+    value_range: Annotated[Optional[tuple[float, float]], typer.Option(
+        help="Least and greatest value in the file, if not the format's own scale.")] = None,
+    on_bad: Annotated[str, typer.Option(help="skip bad rows and report them, or stop with an error.")] = "skip",
+    rule: Annotated[str, typer.Option(help="Pair rule of the table by tree: best_worst, top_bottom or all.")] = "all",
+    min_gap: Annotated[float, typer.Option(help="Pairs whose values, mapped to [-1, 1], differ by more.")] = 0.0,
+    any_kind: Annotated[bool, typer.Option(help="Also pair a step that ends the solution with one that does not.")] = False,
+    max_path_tokens: Annotated[Optional[int], typer.Option(help="Longest path, as in training.")] = None,
+    max_tokens: Annotated[Optional[int], typer.Option(help="Most tokens of a pack; default: one pack a tree.")] = None,
+    step_separator: Annotated[str, typer.Option(help="Text after every step.")] = "\\n\\n",
+) -> None:
+    """Show what is in a data file, what training would make of it, and what packing saves.
+
+    Prints the format, the scale of its values, rows kept, dropped and truncated with the reasons, trees, steps and
+    pairs under every rule; with a tokenizer also the tokens of the naive pairwise run, of each distinct sequence once,
+    and packed.
+
+    \b
+        svpo data trees.jsonl --min-gap 0.6
+        svpo data trees.jsonl --tokenizer Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from rich.console import Console
+
+    from . import audit
+
+    with errors_in_one_line():
+        loaded = None
+        if tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            from .run import quiet
+
+            quiet()
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        result = audit.report(
+            file, loaded, format=format, value_range=value_range, on_bad=on_bad, rule=rule, min_gap=min_gap,
+            same_kind=not any_kind, max_path_tokens=max_path_tokens, max_tokens=max_tokens,
+            step_separator=step_separator.replace("\\n", "\n").replace("\\t", "\t"),
+        )
+        audit.render(result, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is usable here: versions, devices, and for every op which backend runs and why the others do not."""
+    from rich.console import Console
+
+    from .doctor import show
+
+    show(Console())
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest form, for a smoke test: seconds.")] = False,
+    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps instead of the demo's own number.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where files, model and curves go.")] = Path("svpo-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of task, model and order.")] = 0,
+) -> None:
+    """Run the whole loop on a problem made on the spot: step trees, training, evaluation, compute measured.
+
+    No file and no download: running sums, a tiny tokenizer and a tiny Llama are made here. Ends in a table (loss,
+    preference and value accuracy; tokens, FLOPs and seconds of the naive, distinct and packed runs of the same pairs)
+    and the curves as PNG.
+    """
+    from .demo import run_demo
+
+    with errors_in_one_line():
+        run_demo(output_dir, quick=quick, steps=steps, seed=seed)
+
+
+class errors_in_one_line:
+    """Errors of settings and data end the program with their message; all others keep their traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, (ValueError, FileNotFoundError)) and os.environ.get("SVPO_TRACEBACK") != "1":
+            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(1)
+        return False
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Configuration of a training run: a dataclass on `transformers.TrainingArguments`, read from YAML and `key=value`.
+
+Every argument of `svpo_loss` and every field of `TrainingArguments` is a key. A key of the loss that is left out
+takes the preset's value, and if the preset does not set it, `svpo_loss`'s own default.
+"""
+
+import difflib
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+LOSS_KEYS = (
+    "beta",
+    "preference",
+    "preference_weight",
+    "label_smoothing",
+    "margin",
+    "value_weight",
+    "rank",
+    "rank_margin",
+    "rank_scale",
+    "rank_weight",
+    "sft_weight",
+)
+
+CHOICES = {
+    "pair_rule": ("best_worst", "top_bottom", "all"),
+    "pair_weight": ("pair", "parent", "tree"),
+    "packing": ("tree", "distinct", "pairs"),
+    "packing_fallback": ("none", "distinct"),
+    "values": ("pairs", "path", "all"),
+    "sft_nodes": ("chosen", "good"),
+    "reference": ("cache", "online", "none"),
+    "peft": ("none", "lora"),
+    "dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "on_bad": ("skip", "error"),
+}
+
+
+class ConfigError(ValueError):
+    """A key or a value of the configuration is wrong; the message names it."""
+
+
+def _key(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class SVPOConfig(TrainingArguments):
+    """All settings of `svpo train`. Lengths are tokens, gaps and values are on the mapped scale [-1, 1]."""
+
+    # Model
+    model_name_or_path: str | None = _key(None, "The model to train: a directory or a hub name.")
+    ref_model_name_or_path: str | None = _key(None, "The reference model; default: the starting model itself.")
+    tokenizer_name_or_path: str | None = _key(None, "The tokenizer, where it is not beside the model.")
+    dtype: str = _key("float32", "Dtype the weights are loaded in: auto, float32, bfloat16, float16, float64.")
+    attn_implementation: str = _key("sdpa", "Attention of the model: sdpa, eager or flex_attention (CUDA).")
+    trust_remote_code: bool = _key(False, "Let the model's repository run its own code. Off unless asked.")
+    disable_dropout: bool = _key(True, "Set every dropout to 0, LoRA's included; packing is exact only then.")
+    peft: str = _key("none", "none, or lora: train low-rank adapters and keep the model frozen.")
+    lora_r: int = _key(16, "Rank of the adapters.")
+    lora_alpha: float = _key(32, "Scale of the adapters (alpha / r multiplies them).")
+    lora_dropout: float = _key(0.0, "Dropout of the adapters; set to 0 while disable_dropout is on.")
+    lora_target_modules: str = _key("all-linear", "Modules to adapt: all-linear, or names with commas between.")
+
+    # Data
+    train_file: str | None = _key(None, "Step trees or step pairs, JSON or JSONL; `svpo data FILE` shows what is in it.")
+    eval_file: str | None = _key(None, "The same, for evaluation.")
+    data_format: str | None = _key(None, "Name of the file's format; default: detected from its keys.")
+    value_range: list[float] | None = _key(None, "Least and greatest value in the file, if not the format's own.")
+    on_bad: str = _key("skip", "A bad row is reported and skipped (skip) or ends the run (error).")
+    step_separator: str = _key("\n\n", "Text after every step.")
+    step_end: str = _key("", "Text that ends a step, before the separator; it is scored.")
+    max_path_tokens: int | None = _key(None, "Longest path; what is longer is cut by a counted rule, see `svpo data`.")
+
+    # Pairs
+    pair_rule: str = _key("all", "Pairs of siblings: best_worst, top_bottom or all.")
+    min_gap: float = _key(0.0, "A pair's values differ by more than this (values lie in [-1, 1]).")
+    max_pairs: int | None = _key(None, "At most this many pairs a tree, widest gaps first.")
+    dedup: bool = _key(True, "Siblings with equal texts count once.")
+    same_kind: bool = _key(True, "Never pair a step that ends the solution with one that does not.")
+    pair_weight: str = _key("pair", "What counts once: every pair, every parent, or every tree.")
+    pairs_per_step: int = _key(64, "Pairs of one optimizer step, over all processes and micro-batches.")
+
+    # Packing
+    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two sequences a pair.")
+    packing_fallback: str = _key("none", "distinct: fall back to packing=distinct if the model cannot be packed exactly.")
+    max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
+    values: str = _key("pairs", "Steps whose value is trained: those in pairs, their ancestors too (path), or all.")
+
+    # Loss: None takes the preset's value
+    preset: str = _key("svpo", "Named settings of svpo_loss: svpo, step_dpo, mcts_dpo, rstar or alphamath.")
+    beta: float | None = _key(None, "Strength of the preference against the reference.")
+    preference: str | None = _key(None, "sigmoid, ipo or hinge.")
+    preference_weight: float | None = _key(None, "Weight of the preference term.")
+    label_smoothing: float | None = _key(None, "Share of pairs taken to be labelled wrongly (sigmoid only).")
+    margin: float | None = _key(None, "Margin subtracted from the scaled reward difference.")
+    value_weight: float | None = _key(None, "Weight of the squared error of the value head.")
+    rank: str | None = _key(None, "Ranking term on values: hinge, logistic or implicit.")
+    rank_margin: float | None = _key(None, "Margin of the ranking hinge.")
+    rank_scale: float | None = _key(None, "Scale of the implicit reward in rank=implicit.")
+    rank_weight: float | None = _key(None, "Weight of the ranking term.")
+    sft_weight: float | None = _key(None, "Weight of the log-likelihood of the SFT steps.")
+    sft_nodes: str = _key("chosen", "SFT steps: the chosen step of every pair, or every good step (value above 0).")
+    reference: str = _key("cache", "Reference log-probs: computed once and cached, per batch (online), or none.")
+    backend: str = _key("auto", "Backend of the ops: auto, cuda, triton, cpu or reference.")
+    logits_budget_mb: int = _key(512, "MiB that the vocabulary head may use.")
+    value_head_learning_rate: float | None = _key(None, "Learning rate of the value head, if not the model's own.")
+
+    # TrainingArguments with other defaults
+    output_dir: str | None = _key("svpo-output", "Where checkpoints, metrics and the report go.")
+    learning_rate: float = _key(1e-6, "Learning rate at its peak.")
+    per_device_train_batch_size: int = _key(1, "Always 1: a micro-batch is one pack; see pairs_per_step, max_tokens.")
+    gradient_accumulation_steps: int = _key(1, "Least number of packs each process makes of one optimizer step.")
+    remove_unused_columns: bool = _key(False, "Always false: a pack has no columns.")
+    report_to: None | str | list[str] = _key("none", "Trackers to log to; none by default, nothing leaves the machine.")
+    logging_steps: float = _key(1, "Log every so many optimizer steps.")
+    logging_nan_inf_filter: bool = _key(False, "Hide NaN losses from the log; off, so that they are seen.")
+    log_level: str = _key("error", "Verbosity of transformers.")
+    resume_from_checkpoint: str | None = _key(
+        "auto", "auto: the newest complete checkpoint of output_dir if there is one; true: it must be there; false; or a path."
+    )
+
+    def __post_init__(self):
+        plain = (str, int, float, bool, list, dict)
+        self._given = {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.init and entry.name != "hub_token" and isinstance(getattr(self, entry.name), plain)
+            and (entry.default is not MISSING and getattr(self, entry.name) != entry.default)
+        }
+        self._check_choices()
+        self.max_tokens = _max_tokens(self.max_tokens)
+        if self.per_device_train_batch_size != 1:
+            raise ConfigError(
+                "config: per_device_train_batch_size must be 1 (a micro-batch is one pack), got "
+                f"{self.per_device_train_batch_size}; set pairs_per_step and max_tokens instead"
+            )
+        if self.remove_unused_columns:
+            raise ConfigError("config: remove_unused_columns must be false: a pack has no columns to remove")
+        if self.value_range is not None and len(self.value_range) != 2:
+            raise ConfigError(f"config: value_range must be [least, greatest], got {self.value_range}")
+        if self.resume_from_checkpoint is None:
+            self.resume_from_checkpoint = "false"
+        self.resume_from_checkpoint = str(self.resume_from_checkpoint)
+        if self.resume_from_checkpoint.lower() in ("auto", "true", "false"):
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower()
+        super().__post_init__()
+
+    def _check_choices(self) -> None:
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"config: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+        for key in ("pairs_per_step", "gradient_accumulation_steps"):
+            if int(getattr(self, key)) < 1:
+                raise ConfigError(f"config: {key} must be at least 1, got {getattr(self, key)}")
+        presets = _presets()
+        if self.preset not in presets:
+            raise ConfigError(f"config: preset must be one of {', '.join(presets)}, got {self.preset!r}")
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `svpo_loss`: the preset's, with the keys that were set in this configuration on top."""
+        explicit = {key: getattr(self, key) for key in LOSS_KEYS if getattr(self, key) is not None}
+        return {**_presets()[self.preset], **explicit}
+
+    def explicit(self) -> dict[str, Any]:
+        """The keys that were set, as plain YAML values: what has to be kept to repeat the run. Never a token."""
+        return dict(self._given)
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    from svpo_kernels import PRESETS
+
+    return PRESETS
+
+
+def _max_tokens(value: int | str) -> int | str:
+    """max_tokens as an int, or the word auto."""
+    if value == "auto":
+        return value
+    try:
+        tokens = int(value)
+    except ValueError:
+        raise ConfigError(f"config: max_tokens must be a number of tokens or auto, got {value!r}") from None
+    if tokens < 1:
+        raise ConfigError(f"config: max_tokens must be at least 1, got {tokens}")
+    return tokens
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser for its typed conversions only; it raises instead of ending the process."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(message)
+
+
+def valid_keys() -> list[str]:
+    """Every key that a configuration may hold."""
+    return [entry.name for entry in fields(SVPOConfig) if entry.init]
+
+
+def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = (), **values: Any) -> SVPOConfig:
+    """Read `path` (YAML, may be None), apply `values`, then `overrides` ("key=value"), and check every key and value.
+
+    Raises ConfigError that names the key and, for an unknown one, the nearest valid key.
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        settings.update(_read_yaml(path))
+    settings.update(values)
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ConfigError(f"config: an override must look like key=value, got {override!r}")
+        settings[key.strip()] = _override_value(key.strip(), value)
+    known = valid_keys()
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            where = f" in {path}" if path is not None else ""
+            raise ConfigError(f"config: unknown key {key!r}{where}; did you mean {near[0]!r}?")
+    return SVPOConfig(**_typed(settings))
+
+
+def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold `key: value` lines, got a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _override_value(key: str, text: str) -> Any:
+    """One value from the command line: null, {...} and [...] as in YAML, all else as text for the typed parser."""
+    if text == "null":
+        return None
+    if text[:1] in "{[" and text:
+        return yaml.safe_load(text)
+    if key in ("step_separator", "step_end"):  # a shell hands over \n as two characters
+        return text.replace("\\n", "\n").replace("\\t", "\t")
+    return text
+
+
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Values converted to their fields' types by HfArgumentParser; None, dicts and lists of a dict field pass through."""
+    parser = _Parser(SVPOConfig)
+    typed = {}
+    for key, value in settings.items():
+        if value is None or isinstance(value, dict):
+            typed[key] = value
+            continue
+        words = [f"--{key}={value}"]
+        if isinstance(value, (list, tuple)):
+            words = [f"--{key}", *map(str, value)]
+        try:
+            typed[key] = getattr(parser.parse_args(words), key)
+        except ConfigError as error:
+            raise ConfigError(f"config: {key}: {str(error).removeprefix(f'argument --{key}: ')}") from None
+    return typed

@@ -1,0 +1,57 @@
+"""`svpo doctor`: versions, devices and backends, each usable or with the reason why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import svpo_kernels
+
+PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "peft", "trl", "safetensors", "tokenizers",
+            "typer", "rich", "matplotlib", "deepspeed")
+
+
+def versions() -> list[tuple[str, str]]:
+    """(name, version or "not installed") of Python, this package and all that it works with."""
+    found = [("svpo_kernels", svpo_kernels.__version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((name, "not installed"))
+    return found
+
+
+def devices() -> list[tuple[str, str]]:
+    """(device, what it is): the CPU with torch's threads and instruction sets, and every CUDA device."""
+    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    found = [("cpu", f"{cpu}, {torch.backends.cpu.get_cpu_capability()}")]
+    if not torch.cuda.is_available():
+        why = "torch is built without CUDA" if torch.version.cuda is None else "no device or no driver was found"
+        return [*found, ("cuda", f"not usable: {why}")]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found.append((f"cuda:{index}", f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory >> 20} MiB"))
+    return found
+
+
+def show(console: Console) -> None:
+    """Print the three tables."""
+    for title, heads, rows in (("Versions", ("package", "version"), versions()),
+                               ("Devices", ("device", "what it is"), devices())):
+        table = Table(*heads, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    report = svpo_kernels.backends()
+    names = list(dict.fromkeys(name for op in report.values() for name in op if name != "auto"))
+    table = Table("op", "auto takes", *names, title="Backends", title_justify="left")
+    for op, entry in report.items():
+        table.add_row(op, entry["auto"], *(entry.get(name, "-") for name in names))
+    console.print(table)

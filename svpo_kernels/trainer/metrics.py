@@ -1,0 +1,79 @@
+"""Metrics as sums and counts, so that their means are exact over micro-batches, processes and logging windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# name -> the sum it is divided by; `steps` is the number of optimizer steps
+MEANS = {
+    "rewards/chosen": "scored_pairs",
+    "rewards/rejected": "scored_pairs",
+    "rewards/margins": "scored_pairs",
+    "rewards/accuracies": "scored_pairs",
+    "logps/chosen": "scored_pairs",
+    "logps/rejected": "scored_pairs",
+    "loss/preference": "steps",
+    "loss/value": "steps",
+    "loss/rank": "steps",
+    "loss/sft": "steps",
+    "value/mse": "labelled",
+    "value/accuracy": "value_pairs",
+}
+COUNTS = ("pairs", "scored_pairs", "labelled", "value_pairs", "steps", "tokens", "pairwise_tokens", "flops", "pairwise_flops")
+NAMES = (*MEANS, *COUNTS)
+
+
+class Sums:
+    """A vector of fp64 sums by name; it lives on the CPU unless tensors from elsewhere are added."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor | float] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def vector(self) -> Tensor:
+        """(len(NAMES),) float64 on the CPU."""
+        return torch.tensor([float(self.values.get(name, 0.0)) for name in NAMES], dtype=torch.float64)
+
+    def clear(self) -> None:
+        self.values = {}
+
+
+def means(vector: Tensor) -> dict[str, float]:
+    """Metrics from a vector of sums over all processes; a metric without members is left out."""
+    sums = dict(zip(NAMES, vector.tolist(), strict=True))
+    found = {name: sums[name] / sums[count] for name, count in MEANS.items() if sums[count] > 0}
+    if sums["pairwise_tokens"] > 0:
+        found["compute/saved"] = 1 - sums["tokens"] / sums["pairwise_tokens"]
+    if sums["pairwise_flops"] > 0:
+        found["compute/saved_flops"] = 1 - sums["flops"] / sums["pairwise_flops"]
+    return found
+
+
+def add_pack(sums: Sums, pack: dict, out, step_logps: Tensor | None, values: Tensor | None) -> None:
+    """Add one pack's part. out: its SVPOLoss, whose terms are already over the whole step's counts."""
+    batch = pack["batch"]
+    pairs = batch.pairs
+    P = len(pairs)
+    sums.add(**{f"loss/{name}": getattr(out, name) for name in ("preference", "value", "rank", "sft")})
+    sums.add(pairs=P)
+    if P and step_logps is not None:
+        sums.add(scored_pairs=P, **{
+            "rewards/chosen": out.chosen_rewards.sum(),
+            "rewards/rejected": out.rejected_rewards.sum(),
+            "rewards/margins": (out.chosen_rewards - out.rejected_rewards).sum(),
+            "rewards/accuracies": out.accuracy * P,
+            "logps/chosen": step_logps[pairs[:, 0]].sum(),
+            "logps/rejected": step_logps[pairs[:, 1]].sum(),
+        })
+    if values is not None:
+        targets = batch.value_targets
+        labelled = ~torch.isnan(targets)
+        error = torch.where(labelled, values - torch.nan_to_num(targets), 0.0)
+        sums.add(labelled=pack["counts"][1], **{"value/mse": error.square().sum()})
+        if P:
+            sums.add(value_pairs=P, **{"value/accuracy": out.value_accuracy * P})

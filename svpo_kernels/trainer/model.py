@@ -1,0 +1,232 @@
+"""The model as the trainer sees it: step log-probs and step values of a pack, full logits never made.
+
+Hidden states, `linear_step_logps` and the value head run inside one `forward`, so that FSDP and ZeRO-3 gather the
+vocabulary head there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svpo_kernels.linear_step_logps import linear_step_logps
+from svpo_kernels.packing import StepBatch
+from svpo_kernels.prm import prm_scores
+
+
+class ValueHead(nn.Module):
+    """Linear (1, D) in fp32, tanh on top: a value in [-1, 1]. Starts at 0, the middle of the scale."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
+
+
+class StepModel(nn.Module):
+    """A causal language model, with or without adapters, and an optional value head.
+
+    lm: a Hugging Face causal LM or a PEFT model of one. value_head: add one. backend and logits_budget_mb go to the
+    ops. Raises ValueError for a vocabulary head that `linear_step_logps` cannot take over.
+    """
+
+    def __init__(self, lm: nn.Module, value_head: bool = True, *, backend: str = "auto", logits_budget_mb: int = 512):
+        super().__init__()
+        self.lm = lm
+        self.backend, self.logits_budget_mb = backend, logits_budget_mb
+        self.v_head = ValueHead(self.config.get_text_config().hidden_size) if value_head else None
+        self.head_options = head_options(self.causal_lm)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The Hugging Face model itself, below PEFT."""
+        return self.lm.get_base_model() if is_peft(self.lm) else self.lm
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def generation_config(self) -> Any:
+        return getattr(self.causal_lm, "generation_config", None)
+
+    @property
+    def _no_split_modules(self) -> Any:  # FSDP's automatic wrapping asks for it
+        return self.causal_lm._no_split_modules
+
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        return getattr(self.causal_lm, "_keys_to_ignore_on_save", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.causal_lm.activation_checkpointing_enable(**options)
+        self._let_checkpoints_see_gradients()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.causal_lm.gradient_checkpointing_enable(**options)
+        self._let_checkpoints_see_gradients()
+
+    def _let_checkpoints_see_gradients(self) -> None:
+        if is_peft(self.lm):  # frozen embeddings would cut the graph of reentrant checkpointing
+            self.causal_lm.enable_input_require_grads()
+
+    def hidden_states(self, batch: StepBatch) -> Tensor:
+        """(1, T, D) or (B, L, D): the last hidden states, as the vocabulary head takes them."""
+        inputs = batch.model_inputs(self.causal_lm)
+        return self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def step_logps(self, hidden: Tensor, batch: StepBatch) -> Tensor:
+        head = self.causal_lm.get_output_embeddings()
+        return linear_step_logps(
+            hidden,
+            head.weight,
+            batch.plan,
+            bias=getattr(head, "bias", None),
+            backend=self.backend,
+            logits_budget_mb=self.logits_budget_mb,
+            **self.head_options,
+        )
+
+    def forward(self, batch: StepBatch, want_logps: bool = True) -> dict[str, Tensor | None]:
+        """step_logps (S,) if wanted, else None; values (S,) in [-1, 1] if there is a value head, else None."""
+        hidden = self.hidden_states(batch)
+        logps = self.step_logps(hidden, batch) if want_logps else None
+        values = None
+        if self.v_head is not None:
+            head = self.v_head.summary
+            values = prm_scores(hidden, batch.value_positions, head.weight, head.bias, activation="tanh",
+                                backend=self.backend)
+        return {"step_logps": logps, "values": values}
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The starting model: adapters disabled where there are any."""
+        with self.lm.disable_adapter() if is_peft(self.lm) else contextlib.nullcontext():
+            yield
+
+
+def is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def head_options(lm: nn.Module) -> dict[str, float]:
+    """softcap and temperature with which `linear_step_logps` repeats this model's vocabulary head.
+
+    Raises ValueError for a head that is not one plain (V, D) matrix: adapters on it, quantised, or something else.
+    """
+    head = lm.get_output_embeddings()
+    config = lm.config.get_text_config()
+    name = type(lm).__name__
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"StepModel: {name} has no vocabulary head with a weight, so it cannot score steps")
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"StepModel: adapters on the vocabulary head of {name} are not supported yet; leave lm_head out of "
+            "lora_target_modules and modules_to_save"
+        )
+    if head.weight.dim() != 2 or not head.weight.is_floating_point():
+        raise ValueError(
+            f"StepModel: the vocabulary head of {name} must be (V, D) in floating point, got "
+            f"{tuple(head.weight.shape)} {str(head.weight.dtype).removeprefix('torch.')}"
+        )
+    options = {}
+    if getattr(config, "final_logit_softcapping", None):
+        options["softcap"] = float(config.final_logit_softcapping)
+    if getattr(config, "logits_scaling", None) not in (None, 1, 1.0):  # Granite divides
+        options["temperature"] = float(config.logits_scaling)
+    if getattr(config, "logit_scale", None) not in (None, 1, 1.0):  # Cohere multiplies
+        options["temperature"] = 1.0 / float(config.logit_scale)
+    return options
+
+
+@torch.no_grad()
+def check_head(model: StepModel) -> None:
+    """Compare the log-probs of our head with the model's own logits on a few tokens.
+
+    Raises ValueError with the difference if the model does something to its logits that the head does not repeat.
+    """
+    lm = model.causal_lm
+    head = lm.get_output_embeddings()
+    vocabulary = min(head.weight.shape[0], lm.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(1, 9, device=head.weight.device)[None] * 7 % vocabulary
+    training, caching = model.training, getattr(lm.config, "use_cache", None)
+    model.eval()
+    theirs = lm(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
+    logits = nn.functional.linear(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state, head.weight,
+                                  getattr(head, "bias", None)).double()
+    softcap = model.head_options.get("softcap")
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    ours = (logits / model.head_options.get("temperature", 1.0)).log_softmax(-1)
+    model.train(training)
+    lm.config.use_cache = caching
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not error <= 8 * torch.finfo(head.weight.dtype).eps * max(scale, 1.0):
+        raise ValueError(
+            f"StepModel: the vocabulary head of {type(lm).__name__} cannot be repeated: log-probs differ by {error:.3g} "
+            "from the model's own; it changes its logits in a way that is not a softcap or a constant factor"
+        )
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Set every dropout of a model to 0, adapters' and attention's included. Returns how many were on."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)) and module.p > 0:
+            module.p = 0.0
+            count += 1
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+                count += 1
+    return count
+
+
+def load_lm(config: Any, path: str) -> nn.Module:
+    """A causal LM as the configuration asks for it, from a directory or the hub."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def add_adapters(config: Any, lm: nn.Module) -> nn.Module:
+    """The model with fresh LoRA adapters, everything else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | list[str] = config.lora_target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    options = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0 if config.disable_dropout else config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm, options)
+
+
+def build_model(config: Any, value_head: bool, lm: nn.Module | None = None) -> StepModel:
+    """The model of a run: loaded (unless given), with adapters and value head as asked, dropout off, head checked."""
+    lm = load_lm(config, config.model_name_or_path) if lm is None else lm
+    if config.peft == "lora":
+        lm = add_adapters(config, lm)
+    if config.disable_dropout:
+        disable_dropout(lm)
+    model = StepModel(lm, value_head, backend=config.backend, logits_budget_mb=config.logits_budget_mb)
+    if not any(hasattr(parameter, "ds_id") for parameter in lm.parameters()):  # ZeRO-3 has cut the weights already
+        check_head(model)
+    return model

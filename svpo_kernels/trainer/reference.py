@@ -1,0 +1,104 @@
+"""Reference log-probs: one pass over the pairs' steps, written to every StepNode and cached on disk.
+
+The cache's name is a fingerprint of the reference model and of the data, so a changed model, tokenizer or pair rule
+never meets old numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import nn
+
+from .sampler import EpochPlanner, TrainData
+
+SAMPLE = 1 << 16  # elements of a tensor that enter the fingerprint, evenly spread
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes, dtypes and an even sample of the elements of every parameter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // SAMPLE)
+        sample = flat[::stride].to("cpu", copy=True).contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def paired_nodes(data: TrainData) -> list[np.ndarray]:
+    """Per tree the distinct nodes that stand in a pair, ascending."""
+    return [np.unique(pairs) for pairs in data.pairs]
+
+
+def has_references(data: TrainData) -> bool:
+    return all(tree.nodes[node].ref_logp is not None
+               for tree, nodes in zip(data.trees, paired_nodes(data), strict=True) for node in nodes)
+
+
+def data_fingerprint(data: TrainData) -> str:
+    """Hash of the scored ids: each paired step and the path before it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tree, nodes in zip(data.trees, paired_nodes(data), strict=True):
+        for node in nodes.tolist():
+            digest.update(json.dumps([node, tree.start[node], tree.path(node)]).encode())
+    return digest.hexdigest()
+
+
+def cache_path(directory: str | os.PathLike, model: nn.Module, data: TrainData, precision: str) -> Path:
+    """Where the log-probs of this model on this data lie. precision: what the forward computes in, beside dtypes."""
+    key = f"{model_fingerprint(model)} {data_fingerprint(data)} {precision}"
+    return Path(directory) / f"reference-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
+
+
+def compute(planner: EpochPlanner, score: Callable[[Any], torch.Tensor], rank: int, world_size: int,
+            gather: Callable[[Any], list[Any]], watch: Callable[[Any], Any] = iter) -> dict[tuple[int, int], float]:
+    """Log-probs by (tree, node) of all paired nodes. Each process scores its share; `gather` joins them.
+
+    score: a StepBatch -> step log-probs (S,). watch: wraps the list of packs, for a progress bar.
+    """
+    packs = [pack for step in range(len(planner)) for pack in planner.packs(0, step)]
+    found = {}
+    for pack in watch(packs[rank::world_size]):
+        batch = pack["batch"]
+        logps = score(batch).double().cpu().tolist()
+        for place, logp in zip(batch.node_of_step.tolist(), logps, strict=True):
+            found[tuple(place)] = logp
+    return {place: logp for part in gather(found) for place, logp in part.items()}
+
+
+def set_references(data: TrainData, logps: dict[tuple[int, int], float]) -> None:
+    for index, (tree, nodes) in enumerate(zip(data.trees, paired_nodes(data), strict=True)):
+        for node in nodes.tolist():
+            tree.nodes[node].ref_logp = logps[index, node]
+
+
+def write_cache(path: Path, data: TrainData) -> None:
+    """Save the references of all paired nodes, in one atomic rename."""
+    values = [tree.nodes[node].ref_logp for tree, nodes in zip(data.trees, paired_nodes(data), strict=True)
+              for node in nodes]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    safetensors.numpy.save_file({"logps": np.asarray(values, np.float64)}, scratch)
+    os.replace(scratch, path)
+
+
+def read_cache(path: Path, data: TrainData) -> bool:
+    """Set the references from a cache; False if there is none. Raises ValueError if it holds another number of steps."""
+    if not path.is_file():
+        return False
+    values = safetensors.numpy.load_file(path)["logps"]
+    places = [(index, node) for index, nodes in enumerate(paired_nodes(data)) for node in nodes.tolist()]
+    if len(values) != len(places):
+        raise ValueError(f"svpo train: {path} holds {len(values)} log-probs, expected {len(places)}; delete it")
+    set_references(data, dict(zip(places, values.tolist(), strict=True)))
+    return True

@@ -1,0 +1,147 @@
+"""What a run leaves to read: a progress bar, metrics.jsonl, a PNG of the curves and a summary table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+
+# One panel a row: title, axis label, and the curves in it (train, and eval where there is one)
+PANELS = (
+    ("Loss", "loss", ("loss",)),
+    ("Pairs won by the implicit reward", "share", ("rewards/accuracies",)),
+    ("Implicit reward", "nats times beta", ("rewards/chosen", "rewards/rejected")),
+    ("Step log-probability", "nats", ("logps/chosen", "logps/rejected")),
+    ("Value head: squared error", "(v - target)^2", ("value/mse",)),
+    ("Value head: pairs in order", "share", ("value/accuracy",)),
+    ("Compute saved against pairs run one by one", "share", ("compute/saved", "compute/saved_flops")),
+)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log entry to metrics.jsonl; a resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, output_dir: str | os.PathLike) -> None:
+        self.path = Path(output_dir) / METRICS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+            self.path.write_text("".join(lines), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the optimizer steps, with the newest figures behind it."""
+
+    SHOWN = {"loss": "loss", "rewards/accuracies": "pairs won", "value/mse": "value mse", "compute/saved": "saved"}
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step",
+                            dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs:
+            shown = {name: f"{logs[key]:.3g}" for key, name in self.SHOWN.items() if key in logs}
+            if shown:
+                self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def watch(items: Iterable[Any], title: str) -> Iterator[Any]:
+    """A progress bar over a list, gone when it is done."""
+    return iter(tqdm(list(items), desc=title, unit="pack", leave=False, dynamic_ncols=True))
+
+
+def draw_curves(history: list[dict[str, float]], path: str | os.PathLike, title: str = "") -> Path:
+    """Write the curves of a run's log history as PNG: one panel a metric that occurs, train and eval in one panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in PANELS if any(name in entry for name in panel[2] for entry in history)]
+    columns = 2 if len(panels) > 1 else 1
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(5.5 * columns, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (heading, label, names) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for color, name in enumerate(names):
+            for prefix, style in (("", "-"), ("eval_", "o--")):
+                points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=4, linewidth=1.3,
+                              label=f"{prefix}{name}")
+        axes.set(title=heading, xlabel="optimizer step", ylabel=label)
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def last(history: list[dict[str, float]], name: str) -> float | None:
+    """The newest value of a metric, None if it never came."""
+    return next((entry[name] for entry in reversed(history) if name in entry), None)
+
+
+def first(history: list[dict[str, float]], name: str) -> float | None:
+    return next((entry[name] for entry in history if name in entry), None)
+
+
+def summary_table(history: list[dict[str, float]], title: str) -> Table:
+    """First and last value of every curve of a run."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for heading in ("first", "last"):
+        table.add_column(heading, justify="right")
+    names = dict.fromkeys(name for panel in PANELS for name in panel[2])
+    for prefix in ("", "eval_"):
+        for name in names:
+            values = [read(history, prefix + name) for read in (first, last)]
+            if values[0] is not None:
+                share = name.startswith("compute/") or name.endswith(("accuracies", "accuracy"))
+                table.add_row(prefix + name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in values))
+    return table
+
+
+def human(number: float) -> str:
+    """1234567 as 1.23 M."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def console() -> Console:
+    return Console()

@@ -1,0 +1,171 @@
+"""One training run from a configuration: read the data, build the model, train, save, report."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from rich.console import Console
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from svpo_kernels.trees import StepTree
+
+from . import checkpoint, report
+from .config import ConfigError, SVPOConfig
+from .data import read_trees
+from .model import StepModel, build_model, load_lm
+from .sampler import TrainData, pair_weights
+from .trainer import SVPOTrainer
+
+
+@dataclass
+class RunResult:
+    """What a run gives back. metrics: of the last evaluation; history: every log entry, resumed ones included."""
+
+    trainer: SVPOTrainer
+    history: list[dict[str, float]]
+    metrics: dict[str, float]
+    curves: Path | None
+
+
+def quiet() -> None:
+    """Keep transformers' own messages and bars away from ours; errors still show."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def make_data(config: SVPOConfig, trees: list[StepTree], pairs: list[Any]) -> TrainData:
+    """Trees and their pairs with the weights and SFT nodes that the configuration asks for."""
+    loss = config.loss_arguments()
+    pairs = [np.asarray(rows, np.int64).reshape(-1, 2) for rows in pairs]
+    if loss.get("preference_weight", 1.0) == 0 and loss.get("rank_weight", 1.0) == 0:
+        pairs = [rows[:0] for rows in pairs]  # no term reads them: whole trees are the unit instead
+    sft: list[np.ndarray] = []
+    if loss.get("sft_weight", 0.0) > 0:
+        sft = [_sft_nodes(config, tree, rows) for tree, rows in zip(trees, pairs, strict=True)]
+    return TrainData(trees, pairs, sft, pair_weights(trees, pairs, config.pair_weight))
+
+
+def _sft_nodes(config: SVPOConfig, tree: StepTree, pairs: np.ndarray) -> np.ndarray:
+    if config.sft_nodes == "chosen" and len(pairs):
+        return np.unique(pairs[:, 0])
+    good = [index for index, node in enumerate(tree.nodes) if node.q_value is not None and node.q_value > 0]
+    return np.array(good, np.int64)
+
+
+def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase, say: Any = print) -> TrainData:
+    """Read a file as `svpo data` shows it. Rows that were dropped or truncated are named in one line."""
+    encoded = read_trees(
+        path, tokenizer, format=config.data_format, value_range=config.value_range, on_bad=config.on_bad,
+        step_separator=config.step_separator, step_end=config.step_end, max_path_tokens=config.max_path_tokens,
+    )
+    pairs = encoded.pairs(config.pair_rule, config.min_gap, config.max_pairs, dedup=config.dedup,
+                          same_kind=config.same_kind)
+    data = make_data(config, encoded.trees, pairs)
+    say(encoded.ledger.summary())
+    say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs")
+    return data
+
+
+def load_tokenizer(config: SVPOConfig) -> PreTrainedTokenizerBase:
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+
+
+def reference_model(config: SVPOConfig) -> StepModel | None:
+    """The second model, where one is named or the starting model has to be kept beside the trained one."""
+    online = config.reference == "online" and config.peft == "none"
+    path = config.ref_model_name_or_path or (config.model_name_or_path if online else None)
+    if path is None or config.reference == "none":
+        return None
+    return StepModel(load_lm(config, path), value_head=False, backend=config.backend,
+                     logits_budget_mb=config.logits_budget_mb)
+
+
+def where_to_resume(config: SVPOConfig, say: Any = print) -> str | None:
+    """The checkpoint to go on from, None to start anew.
+
+    Raises ConfigError when one was asked for and there is none, and when a fresh start would mix with an old run.
+    """
+    asked = config.resume_from_checkpoint
+    if asked not in ("auto", "true", "false"):
+        return asked
+    if asked == "false":
+        if checkpoint.checkpoints(config.output_dir):
+            raise ConfigError(
+                f"config: resume_from_checkpoint is false, but {config.output_dir} holds checkpoints of an earlier run; "
+                "remove them or give the run an output_dir of its own"
+            )
+        return None
+    path, notes = checkpoint.newest_complete(config.output_dir)
+    for note in notes:
+        say(note)
+    if path is None and asked == "true":
+        raise ConfigError(f"config: resume_from_checkpoint is true, but {config.output_dir} has no complete checkpoint")
+    return None if path is None else str(path)
+
+
+def check_paths(config: SVPOConfig) -> None:
+    for key in ("model_name_or_path", "train_file"):
+        if not getattr(config, key):
+            raise ConfigError(f"config: {key} is missing")
+    for key in ("train_file", "eval_file"):
+        path = getattr(config, key)
+        if path and not os.path.isfile(path):
+            raise ConfigError(f"config: {key}: there is no file {path}")
+
+
+def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
+                 tokenizer: PreTrainedTokenizerBase | None = None, console: Console | None = None) -> RunResult:
+    """Train as the configuration says. lm and tokenizer: given instead of loaded (then their names may be missing).
+
+    Writes to output_dir: the model, checkpoints, metrics.jsonl, curves.png.
+    """
+    quiet()
+    console = console or Console()
+    main = config.process_index == 0
+    say = (lambda text: console.print(text, markup=False, highlight=False)) if main else (lambda text: None)
+    if lm is None or tokenizer is None:
+        check_paths(config)
+    resume = where_to_resume(config, say)
+    transformers.set_seed(config.seed)
+    tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
+    train_data = load_data(config, config.train_file, tokenizer, say)
+    eval_data = load_data(config, config.eval_file, tokenizer, say) if config.eval_file else None
+    loss = config.loss_arguments()
+    wants_values = loss.get("value_weight", 1.0) > 0 or loss.get("rank_weight", 1.0) > 0
+    model = build_model(config, wants_values, lm)
+    callbacks: list[Any] = [report.MetricsFile(config.output_dir)]
+    bar = not config.disable_tqdm
+    trainer = SVPOTrainer(model, config, train_data, eval_data, tokenizer, reference_model(config),
+                          callbacks + ([report.ProgressBar()] if bar else []), watch=report.watch if bar else None)
+    for theirs in (transformers.ProgressCallback, transformers.PrinterCallback):
+        trainer.remove_callback(theirs)
+    say(describe(trainer))
+    if resume:
+        say(f"resuming from {resume}")
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate() if eval_data is not None else {}
+    trainer.save_model()
+    curves = None
+    if main:
+        history = trainer.state.log_history
+        curves = report.draw_curves(history, Path(config.output_dir) / report.CURVES, str(config.output_dir))
+        console.print(report.summary_table(history, "svpo train"))
+        say(f"model, {report.METRICS} and {report.CURVES} are in {config.output_dir}")
+    return RunResult(trainer, trainer.state.log_history, metrics, curves)
+
+
+def describe(trainer: SVPOTrainer) -> str:
+    """One line: what a step is and how it is run."""
+    settings = trainer.settings
+    return (
+        f"{len(trainer.planner)} optimizer steps an epoch, {settings.pairs_per_step} pairs each, packing="
+        f"{settings.packing}, max_tokens={settings.max_tokens}, preset={trainer.config.preset}, "
+        f"{settings.world_size} process{'es' if settings.world_size > 1 else ''} on {trainer.args.device}"
+    )

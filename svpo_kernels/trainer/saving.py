@@ -1,0 +1,87 @@
+"""How a run is saved and resumed: the part of the trainer that writes checkpoints and reads them back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import yaml
+
+from . import checkpoint
+from .model import StepModel, is_peft
+
+
+class SavingMixin:
+    """Overrides of `transformers.Trainer`: model and value head in files of their own, the manifest last."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the model as `AutoModelForCausalLM` reads it, the value head, tokenizer and configuration."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        model: StepModel = self.accelerator.unwrap_model(self.model)
+        head = None if model.v_head is None else model.v_head.state_dict()
+        own = None
+        if state_dict is not None:
+            own = {name.removeprefix("lm."): value for name, value in state_dict.items() if name.startswith("lm.")}
+            if head is not None:
+                head = {name: state_dict[f"v_head.{name}"] for name in head}
+        model.lm.save_pretrained(output_dir, state_dict=own)
+        if head is not None:
+            checkpoint.save_value_head(head, output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        with open(os.path.join(output_dir, "svpo_config.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(self.config.explicit(), file, allow_unicode=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Hugging Face's checkpoint and the plan; the manifest comes when every process is done, rotation after it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        directory = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            checkpoint.write_plan(self.planner.fingerprint(), directory)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.write_manifest(directory)
+            checkpoint.rotate(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights and value head, bit by bit as they were saved; FSDP's own format through Hugging Face's code."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        own: StepModel = self.accelerator.unwrap_model(self.model)
+        load_lm_weights(own, resume_from_checkpoint)
+        head = checkpoint.load_value_head(resume_from_checkpoint)
+        if (head is None) != (own.v_head is None):
+            raise ValueError(
+                f"svpo train: {resume_from_checkpoint} has {'no' if head is None else 'a'} value head and this run "
+                f"has {'no' if own.v_head is None else 'a'} one"
+            )
+        if head is not None:
+            own.v_head.load_state_dict(head)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def load_lm_weights(model: StepModel, directory: str) -> None:
+    """Copy the weights of a saved model, or of saved adapters, into the model. Raises for a missing or strange key."""
+    if is_peft(model.lm):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(model.lm, load_peft_weights(directory, device="cpu"))
+        if result.unexpected_keys:
+            raise ValueError(f"svpo train: {directory} holds adapters this model has not: {result.unexpected_keys}")
+        return
+    parameter = next(model.lm.parameters())
+    saved = type(model.lm).from_pretrained(directory, dtype=parameter.dtype)
+    with torch.no_grad():
+        model.lm.load_state_dict(saved.state_dict(), strict=True)

@@ -1,0 +1,356 @@
+"""A `transformers.Trainer` whose micro-batches are packs of step trees.
+
+One item of its data loader is one optimizer step: all packs that this process runs of it. Hugging Face's loop sees
+gradient_accumulation_steps = 1; the packs are accumulated here, each over the counts of the whole step, so that loss
+and gradient do not depend on micro-batches, packs or processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from svpo_kernels import flops, svpo_loss
+from svpo_kernels.attention import PackingError
+from svpo_kernels.packing_check import check_packing
+
+from . import checkpoint, reference
+from .config import SVPOConfig
+from .metrics import NAMES, Sums, add_pack, means
+from .model import StepModel, is_peft
+from .sampler import EpochPlanner, EpochSampler, PackSettings, StepDataset, TrainData
+from .saving import SavingMixin
+
+
+class SVPOTrainer(SavingMixin, Trainer):
+    """Trains a StepModel on step trees with `svpo_loss`.
+
+    model: a StepModel. args: SVPOConfig. train_data, eval_data: TrainData. ref_model: a StepModel without value head,
+    for reference log-probs; default: the model itself as it is now, adapters off. watch: wraps a list while it is
+    worked through, for a progress bar.
+
+    Raises ValueError for more than one GPU in one process, and for a model that packing would train wrongly (see
+    `check_packing`) unless packing_fallback is distinct.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: StepModel, args: SVPOConfig, train_data: TrainData | None = None,
+                 eval_data: TrainData | None = None, processing_class: PreTrainedTokenizerBase | None = None,
+                 ref_model: StepModel | None = None, callbacks: list[TrainerCallback] | None = None,
+                 watch: Any = None, **options: Any) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"SVPOTrainer: {args.n_gpu} GPUs are visible to one process; start one process a GPU "
+                "(`accelerate launch` or `torchrun`), or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        self.config = args
+        self.loss_arguments = args.loss_arguments()
+        args = copy.copy(args)
+        args.gradient_accumulation_steps = 1  # ours are packs of one optimizer step, see training_step
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = not self.wants_logps
+        self.settings = PackSettings(
+            packing=args.packing, max_tokens=args.max_tokens, values=args.values, pairs_per_step=args.pairs_per_step,
+            min_packs=self.config.gradient_accumulation_steps, world_size=args.world_size,
+        )
+        self.ref_model, self.watch = ref_model, watch or (lambda items, title: items)
+        self.train_data, self.eval_data = train_data, eval_data
+        self._sums, self._total = Sums(), torch.zeros(len(NAMES), dtype=torch.float64)
+        self._packing_checked = False
+        planner = None if train_data is None else EpochPlanner(train_data, self._resolved(train_data, model), args.seed)
+        super().__init__(
+            model=model, args=args, processing_class=processing_class, callbacks=callbacks,
+            train_dataset=None if planner is None else StepDataset(planner, args.process_index),
+            eval_dataset=eval_data, **options,
+        )
+        self.planner = planner
+        self._sampler = None if planner is None else EpochSampler(planner)
+        self.add_callback(_EpochSetter(self))
+        if self.ref_model is not None:
+            self.ref_model.to(args.device).eval().requires_grad_(False)
+
+    # -- what is trained --------------------------------------------------------------------------------------
+
+    @property
+    def wants_logps(self) -> bool:
+        """Whether any term needs step log-probs."""
+        loss = self.loss_arguments
+        implicit = loss.get("rank") == "implicit" and loss.get("rank_weight", 1.0) > 0
+        return loss.get("preference_weight", 1.0) > 0 or loss.get("sft_weight", 0.0) > 0 or implicit
+
+    @property
+    def wants_reference(self) -> bool:
+        loss = self.loss_arguments
+        implicit = loss.get("rank") == "implicit" and loss.get("rank_weight", 1.0) > 0
+        return self.config.reference != "none" and (loss.get("preference_weight", 1.0) > 0 or implicit)
+
+    def _resolved(self, data: TrainData, model: StepModel) -> PackSettings:
+        """The settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs."""
+        if self.settings.max_tokens == "auto":
+            tokens = flops.choose_max_tokens(data.trees, data.pairs, model.config)
+            self.settings = replace(self.settings, max_tokens=int(tokens))
+        return self.settings
+
+    # -- data -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("SVPOTrainer: training needs train_data")
+        return DataLoader(self.train_dataset, batch_size=1, sampler=self._sampler, collate_fn=_only,
+                          num_workers=self.args.dataloader_num_workers)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Pairs, not optimizer steps, so that samples per second are pairs per second."""
+        return self.train_data.num_pairs if self.train_data is not None else len(dataloader)
+
+    def get_eval_dataloader(self, eval_dataset: TrainData | None = None) -> DataLoader:
+        data = self.eval_data if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ValueError("SVPOTrainer: evaluation needs eval_data")
+        planner = self._whole(data)
+        return DataLoader(StepDataset(planner, self.args.process_index), batch_size=1, sampler=EpochSampler(planner),
+                          collate_fn=_only)
+
+    def _whole(self, data: TrainData) -> EpochPlanner:
+        """All of the data as one step, in its own order."""
+        settings = self._resolved(data, self.accelerator.unwrap_model(self.model))
+        return EpochPlanner(data, replace(settings, pairs_per_step=data.num_pairs + len(data.trees)), None)
+
+    # -- before the first step --------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train; resume_from_checkpoint: True for the newest complete checkpoint of output_dir, or a path."""
+        if resume_from_checkpoint is True:
+            path, _ = checkpoint.newest_complete(self.args.output_dir)
+            if path is None:
+                raise ValueError(f"SVPOTrainer: no complete checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(path)
+        if resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
+        self.check_packing()
+        for data in (self.train_data, self.eval_data):
+            self.prepare_reference(data)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def _check_checkpoint(self, path: str) -> None:
+        reason = checkpoint.why_incomplete(path)
+        if reason is not None:
+            raise ValueError(f"svpo train: cannot resume from {path}: {reason}")
+        checkpoint.check_plan(self.planner.fingerprint(), path)
+
+    def check_packing(self) -> None:
+        """Compare one path of the first batch with its separate run; refuse, or fall back to distinct if asked."""
+        if self._packing_checked or self.settings.packing != "tree" or self.planner is None:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        batch = self.planner.packs(0, 0)[0]["batch"].to(self.args.device)
+        try:
+            with self._mode(model, True), self.accelerator.autocast():  # as in training: dropout is looked for
+                check_packing(model.causal_lm, batch)
+        except PackingError as error:
+            if self.config.packing_fallback != "distinct":
+                raise PackingError(
+                    f"{error}. Set packing=distinct (each distinct sequence once, the same gradients), or "
+                    "packing_fallback=distinct to do so by itself"
+                ) from error
+            print(f"svpo train: falling back to packing=distinct: {error}")
+            self.settings = self.planner.settings = replace(self.settings, packing="distinct")
+        self._packing_checked = True
+
+    def prepare_reference(self, data: TrainData | None) -> None:
+        """Set every paired node's reference log-prob: given with the data, cached on disk, or computed now."""
+        if data is None or not self.wants_reference or self.config.reference != "cache":
+            return
+        if reference.has_references(data):
+            return
+        scorer = self.ref_model or self.accelerator.unwrap_model(self.model)
+        precision = f"{self.accelerator.mixed_precision} {self.settings.packing == 'tree'}"
+        path = reference.cache_path(self.args.output_dir, scorer.causal_lm, data, precision)
+        if self._all_agree(reference.read_cache(path, data)):
+            return
+        if self.state.global_step > 0 and self.ref_model is None and not is_peft(scorer.lm):
+            raise ValueError("SVPOTrainer: the reference is the model before training, which has begun; give ref_model "
+                             "or evaluate these data before training")
+        found = reference.compute(
+            self._whole(data), lambda batch: self._reference_logps(batch.to(self.args.device)), self.args.process_index,
+            self.args.world_size, self._gather_objects, lambda packs: self.watch(packs, "reference"),
+        )
+        reference.set_references(data, found)
+        if self.args.should_save:
+            reference.write_cache(path, data)
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: Any) -> Tensor:
+        """(S,) log-probs of the reference: the second model, or the model itself with adapters off."""
+        scorer = self.ref_model or self.accelerator.unwrap_model(self.model)
+        with self._mode(scorer, False), scorer.adapters_off(), self.accelerator.autocast():
+            return scorer(batch)["step_logps"]
+
+    def _gather_objects(self, value: Any) -> list[Any]:
+        if self.args.world_size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(parts, value)
+        return parts
+
+    def _all_agree(self, value: bool) -> bool:
+        return all(self._gather_objects(value))
+
+    @contextlib.contextmanager
+    def _mode(self, model: nn.Module, training: bool) -> Iterator[None]:
+        before = model.training
+        model.train(training)
+        try:
+            yield
+        finally:
+            model.train(before)
+
+    # -- one optimizer step -----------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of every pack of an optimizer step; gradients meet other processes' in the last one.
+
+        Returns this process's part of the loss times the number of processes: its mean over processes is the loss.
+        """
+        model.train()
+        packs, counts = inputs["packs"], inputs["counts"]
+        total = torch.zeros((), device=self.args.device)
+        scale = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        for index, pack in enumerate(packs):
+            last = index == len(packs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            held = contextlib.nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+            with held:
+                loss = self.compute_loss(model, pack, num_items_in_batch=counts)
+                self.accelerator.backward(loss, **scale)
+            total += loss.detach()
+        self._sums.add(steps=1.0 / self.args.world_size)
+        return total
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        """Loss of one pack over the counts of its step, times the number of processes (DDP and FSDP take the mean)."""
+        out, outputs = self.pack_loss(model, inputs, num_items_in_batch, self._sums)
+        loss = out.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def pack_loss(self, model: nn.Module, pack: dict[str, Any], counts: tuple | None, sums: Sums) -> tuple[Any, dict]:
+        """(SVPOLoss, model outputs) of one pack; its metrics are added to sums."""
+        batch = pack["batch"].to(self.args.device)
+        outputs = model(batch, want_logps=self.wants_logps)
+        logps = outputs["step_logps"]
+        out = svpo_loss(
+            logps, batch.pairs, self._references_of(batch, logps), values=outputs["values"],
+            value_targets=batch.value_targets, pair_weights=pack["weights"].to(self.args.device),
+            sft_steps=batch.sft_steps, counts=counts, **self.loss_arguments,
+        )
+        with torch.no_grad():
+            add_pack(sums, {**pack, "batch": batch}, out, logps, outputs["values"])
+        counted = self._count_flops(pack)
+        sums.add(tokens=batch.input_ids.numel(), pairwise_tokens=batch.pairwise_tokens, flops=counted[0],
+                 pairwise_flops=counted[1])
+        return out, outputs
+
+    def _references_of(self, batch: Any, logps: Tensor | None) -> Tensor | None:
+        if not self.wants_reference or logps is None or batch.plan.num_steps == 0:
+            return None
+        if self.config.reference == "online":
+            return self._reference_logps(batch)
+        if batch.ref_step_logps is None and len(batch.pairs):
+            raise ValueError("SVPOTrainer: this batch has no reference log-probs; call prepare_reference on its data")
+        return batch.ref_step_logps
+
+    def _count_flops(self, pack: dict[str, Any]) -> tuple[int, int]:
+        """Training FLOPs of a pack and of the naive run of its pairs, counted from shapes, once a pack."""
+        if "flops" not in pack:
+            config = self.accelerator.unwrap_model(self.model).config
+            exact = self.config.attn_implementation == "flex_attention"
+            count = flops.count_flops(config, pack["batch"], "exact" if exact else "dense")
+            run = {"tree": count.packed, "distinct": count.distinct, "pairs": count.pairwise}
+            pack["flops"] = (run[pack["packing"]], count.pairwise)
+        return pack["flops"]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        return float(sum(self._count_flops(pack)[0] for pack in inputs["packs"]))
+
+    # -- evaluation and logs ----------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
+                        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> EvalLoopOutput:
+        """Loss and metrics over all of the data, exact whatever the number of packs and processes."""
+        model = self._evaluation_model()
+        sums, loss, pairs = Sums(), 0.0, 0
+        data = dataloader.dataset.planner.data
+        self.prepare_reference(data)
+        with torch.no_grad(), self._mode(model, False), self.accelerator.autocast():
+            for step in dataloader:
+                for pack in self.watch(step["packs"], description.lower()):
+                    out, _ = self.pack_loss(model, pack, step["counts"], sums)
+                    loss += out.loss.item()
+                sums.add(steps=1.0 / self.args.world_size)
+                pairs += step["counts"][0]
+        vector = self._reduce(sums.vector())
+        found = {"loss": self._reduce(torch.tensor([loss], dtype=torch.float64)).item(), **means(vector)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)
+
+    def _evaluation_model(self) -> nn.Module:
+        """The model to evaluate: as it is, or prepared when FSDP or DeepSpeed have to cut it first."""
+        if not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+        return self.model
+
+    def _reduce(self, vector: Tensor) -> Tensor:
+        """Sum of a float64 vector over processes, on the CPU."""
+        return torch.stack([torch.as_tensor(part) for part in self._gather_objects(vector)]).sum(0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            vector = self._reduce(self._sums.vector())
+            self._sums.clear()
+            self._total += vector
+            logs = {**logs, **means(vector)}
+        elif "train_runtime" in logs:
+            totals = means(self._total)
+            logs = {**logs, **{name: totals[name] for name in totals if name.startswith("compute/")}}
+        super().log(logs, start_time)
+
+    # -- optimizer --------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """As Hugging Face's, with the value head in a group of its own when it has its own learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **options)
+        rate = self.config.value_head_learning_rate
+        head = getattr(self.accelerator.unwrap_model(self.model), "v_head", None)
+        if made and rate is not None and head is not None:
+            own = set(head.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+            optimizer.add_param_group({"params": list(head.parameters()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+
+def _only(items: list[Any]) -> Any:
+    """The one item of a loader whose batch size is 1."""
+    return items[0]
+
+
+class _EpochSetter(TrainerCallback):
+    """Tells the sampler which epoch begins, from the step count, so that a resumed run plans the same packs."""
+
+    def __init__(self, trainer: SVPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._sampler.set_epoch(state.global_step // len(self.trainer.planner))
