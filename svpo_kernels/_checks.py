@@ -55,7 +55,7 @@ def require_no_grad(op: str, **tensors: object) -> None:
 
 def require_choice(op: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        fail(op, argument, "one of " + ", ".join(repr(choice) for choice in choices), value)
+        fail(op, argument, "one of " + ", ".join(repr(choice) for choice in choices), describe(value))
 
 
 def require_positive(op: str, argument: str, value: float) -> None:

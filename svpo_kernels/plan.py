@@ -128,13 +128,14 @@ class StepPlan:
         start = torch.searchsorted(key[order], torch.arange(num_steps + 1, device=rows.device))
         kept = torch.where(scored, labels, 0)
         step_ids = torch.where(scored, step_ids, 0)
-        bounds = value_bounds(rows, kept, step_ids) if rows.device.type == "cpu" else no_bounds()
+        seen = torch.where(scored, labels, -1), torch.where(scored, step_ids, -1)
+        bounds = value_bounds(rows, kept, *seen) if rows.device.type == "cpu" else no_bounds()
         return cls(torch.cat([rows, each, kept, each[:T], step_ids, order, start]), bounds, T, T, num_steps)
 
     @classmethod
     def _assemble(cls, rows: Tensor, row_start: Tensor, labels: Tensor, first: Tensor, step_ids: Tensor,
                   step_order: Tensor, step_start: Tensor, *, R: int, N: int, S: int) -> StepPlan:
-        bounds = value_bounds(rows, labels, step_ids)
+        bounds = value_bounds(rows, labels, labels, step_ids)
         if int(bounds[0]) < 0:
             fail("StepPlan", "labels", ">= 0, or -100 for not scored", f"a label of {int(bounds[0])}", IndexError)
         buffer = torch.cat([rows, row_start, labels, first, step_ids, step_order, step_start])
@@ -281,11 +282,11 @@ def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
     return first
 
 
-def value_bounds(rows: Tensor, labels: Tensor, step_ids: Tensor) -> Tensor:
-    """(4,) smallest and largest label, largest row, largest step; of nothing: 0, -1, -1, -1."""
-    if rows.numel() == 0 or labels.numel() == 0:
+def value_bounds(rows: Tensor, low: Tensor, high: Tensor, step_ids: Tensor) -> Tensor:
+    """(4,) smallest of `low` and largest of `high` (both labels), largest row, largest step; of nothing: 0, -1, -1, -1."""
+    if rows.shape[0] == 0:
         return torch.tensor([0, -1, -1, -1])
-    return torch.stack([labels.min(), labels.max(), rows.max(), step_ids.max()])
+    return torch.stack([low.min(), high.max(), rows.max(), step_ids.max()])
 
 
 def no_bounds() -> Tensor:
@@ -306,7 +307,7 @@ def compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps:
     each = torch.arange(N + 1, device=rows.device)
     order = torch.argsort(step_ids, stable=True)
     start = torch.searchsorted(step_ids[order], torch.arange(S + 1, device=rows.device))
-    bounds = value_bounds(rows, labels, step_ids) if rows.device.type == "cpu" else no_bounds()
+    bounds = value_bounds(rows, labels, labels, step_ids) if rows.device.type == "cpu" else no_bounds()
     return PlanTensors(rows, each, labels, each[:N].clone(), step_ids, order, start, bounds)
 
 

@@ -148,10 +148,9 @@ class HeadGradient:
         kernels.branch_weight(self.dweight, self.dbias, h, label_z0, logp, g, view, temperature, softcap)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        empty = self.weight.new_empty(0)
         return (
-            empty if self.dweight is None else self.dweight.to(self.weight.dtype),
-            empty if self.dbias is None else self.dbias.to(self.bias.dtype),
+            self.weight.new_empty(0) if self.dweight is None else self.dweight.to(self.weight.dtype),
+            self.weight.new_empty(0) if self.dbias is None else self.dbias.to(self.bias.dtype),
         )
 
 
@@ -174,7 +173,7 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """(B, L, D) of any strides -> (R, D); zeros for padding. Rows that are not scored are never read."""
     B, L, D = hidden.shape
     if B * L == 0:
-        return hidden.new_zeros(rows.shape[0], D) + hidden.sum((0, 1))
+        return hidden.new_zeros(rows.shape[0], D)
     index = rows.clamp_min(0)
     h = hidden.view(B * L, D).index_select(0, index) if hidden.is_contiguous() else hidden[index // L, index % L]
     return h.masked_fill_((rows < 0).unsqueeze(1), 0.0)

@@ -29,22 +29,45 @@ def step_logps_fwd(logits: Tensor, plan: list[Tensor], vocab_size: int, temperat
 
 
 def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-                   plan: list[Tensor], vocab_size: int, temperature: float, softcap: float,
-                   reduction: str, inplace: bool = False) -> Tensor:
-    """The gradient of logits (B, L, V), by autograd over the formula; written over the logits when `inplace`."""
+                   plan: list[Tensor], vocab_size: int, temperature: float, softcap: float, reduction: str,
+                   inplace: bool = False) -> Tensor:
+    """The gradient of logits (B, L, V); written over the logits when `inplace`."""
     view = PlanTensors(*plan)
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        z = transform(gather_rows(leaf.reshape(-1, leaf.shape[-1]), view), vocab_size, temperature, softcap)
-        out = reduce_steps(row_logps(z, view), view, reduction)
-    grad = torch.autograd.grad(out, leaf, grad_out, materialize_grads=True)[0]
-    return logits.copy_(grad) if inplace else grad.contiguous()
+    rows = gather_rows(logits.reshape(-1, logits.shape[-1]), view)
+    drows = row_gradient(grad_out, rows, view, vocab_size, temperature, softcap, reduction)
+    grad = logits.zero_() if inplace else logits.new_zeros(logits.shape)
+    if grad.numel():
+        position = view.rows.clamp_min(0)
+        L = logits.shape[1]
+        grad.index_put_((position // L, position % L), drows.to(grad.dtype), accumulate=True)  # padding adds 0 to row 0
+    return grad
+
+
+def row_gradient(grad_out: Tensor, rows: Tensor, plan: PlanTensors, vocab_size: int, temperature: float,
+                 softcap: float, reduction: str) -> Tensor:
+    """(R, V) gradient of gathered logits: J * (sum of g_n onehot(l_n) - G softmax(z)), J = dz/dlogits, G = sum of g_n."""
+    z = transform(rows, vocab_size, temperature, softcap)
+    row, scored = row_of_prediction(plan)
+    grad = z.new_zeros(rows.shape)
+    if z.numel() == 0:
+        return grad
+    g = grad_out.to(z.dtype)
+    if reduction == "mean":
+        g = g / (plan.step_start[1:] - plan.step_start[:-1]).clamp_min(1)
+    g = torch.where(scored, g if reduction == "none" else g[plan.step_ids] if g.numel() else g.sum(), 0.0)
+    inside = (plan.labels >= 0) & (plan.labels < z.shape[1])
+    G = z.new_zeros(z.shape[0]).index_add(0, row, g)
+    dz = -G.unsqueeze(1) * torch.softmax(z, -1)
+    dz.index_put_((row, torch.where(inside, plan.labels, 0)), torch.where(inside, g, g * torch.nan), accumulate=True)
+    slope = 1.0 - torch.tanh(rows[:, :vocab_size].to(z.dtype) / softcap).square() if softcap else 1.0
+    grad[:, :vocab_size] = dz * slope / temperature
+    return grad
 
 
 def gather_rows(matrix: Tensor, plan: PlanTensors) -> Tensor:
     """(T, X) -> (R, X), zeros where the plan is padded: an unscored row may hold anything, NaN included."""
     if matrix.shape[0] == 0:
-        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1]) + matrix.sum(0)  # zeros that know their origin
+        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1])
     padding = plan.rows < 0
     return matrix.index_select(0, plan.rows.clamp_min(0)).masked_fill(padding.unsqueeze(1), 0.0)
 
@@ -69,7 +92,7 @@ def row_logps(z: Tensor, plan: PlanTensors) -> Tensor:
     """Log-probs (N,) of the plan's labels under z (R, V); 0 for padding, NaN for a label out of range."""
     row, scored = row_of_prediction(plan)
     if z.numel() == 0:
-        return z.new_zeros(plan.labels.shape[0]) + z.sum()
+        return z.new_zeros(plan.labels.shape[0])
     inside = (plan.labels >= 0) & (plan.labels < z.shape[1])
     logp = torch.log_softmax(z, -1)[row, torch.where(inside, plan.labels, 0)]
     return torch.where(scored, torch.where(inside, logp, torch.nan), 0.0)

@@ -1,0 +1,104 @@
+"""torch.compile, opcheck, autocast and deepcopies of the row ops: the same numbers as eager, few graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKENDS, RowCase, make_predictions
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import svpo_kernels as sk
+
+D, V = 8, 37
+
+
+def arguments(op: str, T: int, form: str, S: int = 5):
+    """The op's differentiable inputs and the rest of a call with T rows."""
+    labels, step_ids = torch.randint(0, V, (T,)), torch.randint(-1, S, (T,))
+    inputs = [torch.randn(T, V)] if op == "step_logps" else [torch.randn(T, D), torch.randn(V, D)]
+    inputs = [x.requires_grad_() for x in inputs]
+    if form == "plan":
+        return inputs, (sk.StepPlan.from_step_ids(labels, step_ids, shift=0, num_steps=S),), {}
+    return inputs, (labels, step_ids), {"shift": 0, "num_steps": S}
+
+
+@pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
+@pytest.mark.parametrize("form", ["plan", "tensor"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_twenty_sizes_make_at_most_four_graphs(op: str, form: str, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = getattr(sk, op)
+
+    def call(inputs, rest, options):
+        return function(*inputs, *rest, **options).square().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=dynamic)
+    for i in range(20):
+        inputs, rest, options = arguments(op, 4 + 3 * i, form, S=3 + i % 7)
+        ours, eager = compiled(inputs, rest, options), call(inputs, rest, options)
+        torch.testing.assert_close(ours, eager)
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(eager, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_with_ignored_rows_equals_eager(op: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    function = getattr(sk, op)
+    inputs, rest, options = arguments(op, 19, "tensor")
+
+    def call(inputs, rest):
+        return (function(*inputs, *rest, **options, temperature=0.9, softcap=4.0) * 0.3).exp()
+
+    ours, eager = torch.compile(call, fullgraph=True, dynamic=dynamic)(inputs, rest), call(inputs, rest)
+    torch.testing.assert_close(ours, eager)
+    upstream = torch.randn_like(eager)
+    for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(eager, inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_opcheck_of_the_raw_ops(backend: str, device: str) -> None:
+    case = RowCase("opcheck", predictions="branching", V=V)
+    given = make_predictions(case)
+    plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
+    logits, options = torch.randn(case.B, case.L, V), (V, 1.0, 0.0, "sum")
+    fwd = (logits, list(plan.tensors), *options, backend)
+    torch.library.opcheck(torch.ops.svpo.step_logps_fwd, fwd)
+    out, *kept = torch.ops.svpo.step_logps_fwd(*fwd)
+    bwd = (torch.randn_like(out), logits, *kept, list(plan.tensors), *options, backend)
+    torch.library.opcheck(torch.ops.svpo.step_logps_bwd, bwd)
+    torch.library.opcheck(torch.ops.svpo.step_logps_bwd_, bwd)
+    hidden, weight = torch.randn(case.B, case.L, D), torch.randn(V, D)
+    for mode, needs in (("forward", (False, False, False)), ("frozen", (True, False, False)), ("store", (True, True, False))):
+        options = (V, 1.0, 0.0, "sum", 1.0, mode)
+        fwd = (hidden, weight, None, list(plan.tensors), *options, backend)
+        torch.library.opcheck(torch.ops.svpo.linear_step_logps_fwd, fwd)
+        out, *kept = torch.ops.svpo.linear_step_logps_fwd(*fwd)
+        if mode != "forward":
+            bwd = (torch.randn_like(out), hidden, weight, None, *kept, list(plan.tensors), *options, *needs, backend)
+            torch.library.opcheck(torch.ops.svpo.linear_step_logps_bwd, bwd)
+    labels, step_ids = torch.randint(0, V, (2, 5)), torch.randint(-1, 3, (2, 5))
+    torch.library.opcheck(torch.ops.svpo.compact_plan, (labels, step_ids, 1, None))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_autocast(backend: str, device: str) -> None:
+    """linear_step_logps casts as F.linear does; step_logps computes in fp32 whatever comes."""
+    labels = torch.randint(0, V, (9,))
+    hidden, weight = torch.randn(9, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.nn.functional.linear(hidden, weight)
+        ours = sk.linear_step_logps(hidden, weight, labels, shift=0, backend=backend)
+        theirs = sk.step_logps(logits, labels, shift=0, backend=backend)
+        plain = sk.step_logps(logits.detach().float(), labels, shift=0, backend=backend)
+    assert logits.dtype == torch.bfloat16 and ours.dtype == theirs.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(theirs, plain, rtol=1e-6, atol=1e-5)
+    grads = [torch.autograd.grad(out.sum(), (hidden, weight), retain_graph=True) for out in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
