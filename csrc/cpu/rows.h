@@ -15,12 +15,16 @@ namespace {
 constexpr int64_t kPanel = 16384;  // columns of one task: 8 tasks share a row of 128k columns
 constexpr int kBlock = 2048;       // columns between two looks at the maximum: 8 KiB of fp32 stay in L1
 
+constexpr double kLog2E = 1.4426950408889634;
+
 enum Mode { kPlain, kScaled, kCapped };
 
+// Powers are taken to base 2: exp(z - m) = 2^(high x + low x - m2) * fix. A plain row leaves `low` out: log2(e) rounded
+// to fp32 acts like a temperature of 1 + 1e-8.
 struct Transform {
   Mode mode;
   double temperature, softcap, scale;
-  float high, low;              // scale = high + low, both positive: an infinite x never meets 0 * inf
+  float high, low;              // scale * log2(e) = high + low, both positive: an infinite x never meets 0 * inf
   float twice_high, twice_low;  // 2 / softcap, likewise
 };
 
@@ -36,7 +40,8 @@ inline Transform make_transform(double temperature, double softcap) {
   t.mode = softcap > 0.0 ? kCapped : temperature != 1.0 ? kScaled : kPlain;
   t.temperature = temperature, t.softcap = softcap;
   t.scale = (softcap > 0.0 ? softcap : 1.0) / temperature;
-  split(t.scale, &t.high, &t.low);
+  split(t.scale * kLog2E, &t.high, &t.low);
+  if (t.mode == kPlain) t.high = static_cast<float>(kLog2E), t.low = 0.0f;
   if (softcap > 0.0) split(2.0 / softcap, &t.twice_high, &t.twice_low);
   return t;
 }
@@ -61,11 +66,22 @@ SVPO_INLINE Vec transformed(Vec z0, const Transform& t) {
   return vtanh_of_half(fma(z0, set1(t.twice_low), z0 * set1(t.twice_high)));
 }
 
-// z - m of x; the product is never rounded on its own where there is a fused multiply-add.
+// Base-2 exponent of x against a maximum: m2 is m * log2(e) in fp32, `fix` what its rounding and that of `high` cost.
+struct Reference {
+  float minus_m2;
+  double fix;
+};
+
+inline Reference reference(const Transform& t, float m) {
+  const double exact = m * (t.mode == kPlain ? static_cast<double>(t.high) : kLog2E);
+  const float m2 = static_cast<float>(exact);
+  return {-m2, exp2(m2 - exact)};
+}
+
 template <Mode mode>
-SVPO_INLINE Vec shifted(Vec x, Vec minus_m, const Transform& t) {
-  if (mode == kPlain) return x + minus_m;
-  return fma(set1(t.low), x, fma(set1(t.high), x, minus_m));
+SVPO_INLINE Vec power(Vec x, Vec minus_m2, const Transform& t) {
+  const Vec coarse = fma(set1(t.high), x, minus_m2);
+  return vexp2(mode == kPlain ? coarse : fma(set1(t.low), x, coarse));
 }
 
 // Maximum m of z and sum s of exp(z - m) of some columns. Nothing seen yet: m = -inf, s = 0.
@@ -110,10 +126,10 @@ SVPO_INLINE float block_max(const T* z0, int n, const Transform& t, float* stash
   return hmax(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// Sum of exp(scale * x - m) of a block, four accumulators without a rescale. Fetches the next block meanwhile.
+// Sum of 2^(exponent of x) over a block, four accumulators without a rescale. Fetches the next block meanwhile.
 template <Mode mode, class S, class T>
-SVPO_INLINE float block_sum(const S* x, int n, float m, const Transform& t, const T* next) {
-  const Vec minus_m = set1(-m);
+SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& t, const T* next) {
+  const Vec bias = set1(minus_m2);
   Vec sum[4];
   for (int k = 0; k < 4; ++k) sum[k] = set1(0.0f);
   int i = 0;
@@ -121,11 +137,11 @@ SVPO_INLINE float block_sum(const S* x, int n, float m, const Transform& t, cons
     for (unsigned byte = 0; byte < 4 * kWidth * sizeof(T); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
     for (int k = 0; k < 4; ++k)
-      sum[k] = sum[k] + vexp_nonpositive(shifted<mode>(load(x + i + k * kWidth), minus_m, t));
+      sum[k] = sum[k] + power<mode>(load(x + i + k * kWidth), bias, t);
   }
   for (; i < n; i += kWidth) {
     const int left = n - i < kWidth ? n - i : kWidth;
-    sum[0] = sum[0] + vexp_nonpositive(shifted<mode>(load_n(x + i, left, -__builtin_inff()), minus_m, t));
+    sum[0] = sum[0] + power<mode>(load_n(x + i, left, -__builtin_inff()), bias, t);
   }
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -134,23 +150,26 @@ SVPO_INLINE float block_sum(const S* x, int n, float m, const Transform& t, cons
 template <Mode mode, class T>
 void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
   alignas(64) float stash[mode == kCapped ? kBlock : 1];
+  float m = __builtin_nanf("");
+  Reference to = {};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int len = n - i < kBlock ? static_cast<int>(n - i) : kBlock;
     const double top = block_max<mode>(z0 + i, len, t, stash);
     rescale(sum, static_cast<float>(mode == kPlain ? top : top * t.scale));
-    const float m = finite_max(sum.m);
-    sum.s += mode == kCapped ? block_sum<mode>(stash, len, m, t, z0 + i + kBlock)
-                             : block_sum<mode>(z0 + i, len, m, t, z0 + i + kBlock);
+    if (m != sum.m) m = sum.m, to = reference(t, finite_max(m));
+    sum.s += to.fix * (mode == kCapped ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
+                                       : block_sum<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock));
   }
 }
 
 // grad = factor * J' * exp(z - m) of n columns, in place too; J' = 1 - x^2 under a softcap, else 1.
 template <Mode mode, class T>
-void gradient(const T* z0, T* grad, int64_t n, const Transform& t, float m, float factor) {
-  const Vec minus_m = set1(-finite_max(m)), f = set1(factor);
+void gradient(const T* z0, T* grad, int64_t n, const Transform& t, float m, double factor) {
+  const Reference to = reference(t, finite_max(m));
+  const Vec bias = set1(to.minus_m2), f = set1(static_cast<float>(factor * to.fix));
   auto one = [&](Vec raw) {
     const Vec x = transformed<mode>(raw, t);
-    const Vec y = vexp_nonpositive(shifted<mode>(x, minus_m, t)) * f;
+    const Vec y = power<mode>(x, bias, t) * f;
     return mode == kCapped ? y * fnma(x, x, set1(1.0f)) : y;
   };
   int64_t i = 0;

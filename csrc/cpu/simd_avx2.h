@@ -37,6 +37,13 @@ SVPO_INLINE Vec scale2(Vec a, Vec k) {
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(x)), _mm256_castsi256_ps(y))};
 }
 
+// For vexp2: rounded = t + kExp2Magic with t >= kExp2Lowest; a * 2^(t to the nearest integer), 0 below 2^-126. The low
+// bits of the sum are the exponent field of the factor, and -127 makes that factor 0.
+constexpr float kExp2Magic = 12583039.0f, kExp2Lowest = -127.0f;
+SVPO_INLINE Vec scale_by_rounded(Vec a, Vec rounded) {
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(rounded.v), 23)))};
+}
+
 SVPO_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 SVPO_INLINE Vec load(const bf16* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -35,12 +35,20 @@ SVPO_INLINE Vec vexp(Vec x) {
   return scale2(p, r.k);
 }
 
-// e^x for x <= 88: one operation less.
-SVPO_INLINE Vec vexp_nonpositive(Vec x) {
-  const Reduced r = reduce(max(set1(-104.0f), x));
-  const Vec p = fma(fma(exp_tail(r.f), r.f, set1(1.0f)), r.f, set1(1.0f));
-  return scale2(p, r.k);
+#if !defined(SVPO_FOR_AVX512)  // which has instructions for the parts (simd_avx512.h)
+// 2^t for t <= 127, within 2 ulp; 0 for t far below, NaN for NaN. The hot one: a softmax needs no more.
+SVPO_INLINE Vec vexp2(Vec t) {
+  const Vec low = max(set1(kExp2Lowest), t), magic = set1(kExp2Magic);
+  const Vec rounded = low + magic;
+  const Vec f = low - (rounded - magic);
+  // 2^f - 1 over f, minimax on |f| <= 1/2: relative error of 2^f below 2^-23.
+  Vec q = fma(set1(1.3264659e-3f), f, set1(9.671566e-3f));
+  q = fma(q, f, set1(5.5507343e-2f));
+  q = fma(q, f, set1(2.4022241e-1f));
+  q = fma(q, f, set1(6.931470e-1f));
+  return scale_by_rounded(fma(q, f, set1(1.0f)), rounded);
 }
+#endif
 
 // tanh(y) from 2 y, within 2 ulp, relative near 0 too: t / (t + 2) with t = expm1(|2 y|).
 SVPO_INLINE Vec vtanh_of_half(Vec twice) {

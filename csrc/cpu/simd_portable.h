@@ -39,6 +39,11 @@ SVPO_INLINE Vec scale2(Vec a, Vec k) {
   return {a.v * (Lanes)((half + 127) << 23) * (Lanes)((whole - half + 127) << 23)};
 }
 
+// For vexp2: rounded = t + kExp2Magic with t >= kExp2Lowest; a * 2^(t to the nearest integer), 0 below 2^-126. The low
+// bits of the sum are the exponent field of the factor, and -127 makes that factor 0.
+constexpr float kExp2Magic = 12583039.0f, kExp2Lowest = -127.0f;
+SVPO_INLINE Vec scale_by_rounded(Vec a, Vec rounded) { return {a.v * (Lanes)((Bits)rounded.v << 23)}; }
+
 SVPO_INLINE float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);

@@ -162,7 +162,7 @@ int backward_rows(const Rows<const T>& logits, const Rows<T>& grads, const Plan&
     const T* const z0 = logits.row(row);
     const RowGrad& grad = row_grad[r];
     const double logsum = stats.row_logsum[r];
-    const float factor = static_cast<float>(-grad.total * exp(-logsum) / t.temperature);
+    const double factor = -grad.total * exp(-logsum) / t.temperature;
     // With G = 0 only the label columns count, unless the row is NaN.
     const bool empty = grad.total == 0.0 && logsum - logsum == 0.0;
     between_labels(
