@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-enum svpo_status { SVPO_OK = 0, SVPO_BAD_DTYPE = 1, SVPO_NO_MEMORY = 2 };
+enum svpo_status { SVPO_OK = 0, SVPO_BAD_DTYPE = 1, SVPO_NO_MEMORY = 2, SVPO_BAD_INDEX = 3, SVPO_BAD_VALUE = 4 };
 enum svpo_dtype { SVPO_FP32 = 0, SVPO_BF16 = 1, SVPO_FP16 = 2 };
 enum svpo_reduction { SVPO_SUM = 0, SVPO_MEAN = 1, SVPO_NONE = 2 };
 
@@ -40,5 +40,63 @@ SVPO_CPU_OP(step_logps_bwd, const float* grad_out, const void* logits, void* gra
             const int64_t* row_start, const int64_t* labels, const int64_t* first, const int64_t* step_ids,
             const int64_t* step_start, int64_t R, int64_t N, int64_t S, int64_t vocab_size, double temperature,
             double softcap, int reduction, int fresh, int threads);
+
+// Terms, metrics and slopes of svpo_loss; null = not given. lp, ref, v (S,) of their own dtypes, value_targets (S,),
+// pairs (P, 2) and sft_steps (K,) int64 (wide) or int32, per-pair numbers (P,) before the scalar of their name, counts
+// (3,) before the numbers (< 0: own count). preference: 0 sigmoid, 1 ipo, 2 hinge; rank: 0 hinge, 1 logistic, 2
+// implicit. slopes (4, S): d preference / d lp, d sft / d lp, d value / d v, d rank / d v. SVPO_BAD_INDEX: a step outside
+// [0, S); SVPO_BAD_VALUE: a count that is not above 0 for a term with members.
+SVPO_CPU_OP(svpo_loss_fwd, const void* step_logps, int logps_dtype, const void* ref_step_logps, int ref_dtype,
+            const void* values, int values_dtype, const float* value_targets, const void* pairs, int pairs_wide,
+            const void* sft_steps, int sft_wide, const float* pair_weights, const float* label_smoothings,
+            const float* margins, const float* rank_margins, const float* counts, int64_t S, int64_t P, int64_t K,
+            double beta, int preference, double preference_weight, double label_smoothing, double margin,
+            double value_weight, int rank, double rank_margin, double rank_scale, double rank_weight,
+            double sft_weight, double pair_count, double value_count, double sft_count, float* loss,
+            float* preference_term, float* value_term, float* rank_term, float* sft_term, float* accuracy,
+            float* value_accuracy, float* chosen_rewards, float* rejected_rewards, float* slopes);
+
+// Gradients (S,) from the upstream of the loss and of each term (one float each, null = none); null = not needed.
+SVPO_CPU_OP(svpo_loss_bwd, const float* slopes, const float* grad_loss, const float* grad_preference,
+            const float* grad_value, const float* grad_rank, const float* grad_sft, double preference_weight,
+            double value_weight, double rank_weight, double sft_weight, int64_t S, float* grad_logps, float* grad_ref,
+            float* grad_values);
+
+// Scores (S,) and logits (S, 2) of a head at positions (S,) int64 (wide) or int32 of hidden, row r of the flattened
+// (B * L) at (r / L) * stride_b + (r % L) * stride_l; head row r at r * weight_stride. bad < 0: one class. activation: 0
+// none, 1 sigmoid, 2 tanh. SVPO_BAD_INDEX: a position outside [0, B * L).
+SVPO_CPU_OP(prm_scores_fwd, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
+            int64_t D, const void* positions, int wide, int64_t S, const void* weight, int weight_dtype,
+            int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad, int activation,
+            double softcap, float* scores, float* logits, int threads);
+
+// Gradients from grad (S,): the named rows of grad_hidden (B, L, D) and grad_weight (rows of D), grad_bias; the caller
+// fills the rest with zeros; null = not needed.
+SVPO_CPU_OP(prm_scores_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+            int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S, const void* weight,
+            int weight_dtype, int64_t weight_stride, int bias_dtype, const float* logits, int64_t good, int64_t bad,
+            int activation, double softcap, void* grad_hidden, void* grad_weight, void* grad_bias, int threads);
+
+// loss () or (S,) and logits (S, 2) for labels (S,) in [0, 1], NaN = unlabelled. SVPO_BAD_VALUE: another label.
+SVPO_CPU_OP(prm_loss_fwd, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
+            int64_t D, const void* positions, int wide, int64_t S, const float* labels, const void* weight,
+            int weight_dtype, int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad,
+            int reduction, float* loss, float* logits, int threads);
+
+// As prm_scores_bwd, from grad () or (S,).
+SVPO_CPU_OP(prm_loss_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+            int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S, const float* labels,
+            const void* weight, int weight_dtype, int64_t weight_stride, int bias_dtype, const float* logits,
+            int64_t good, int64_t bad, int reduction, void* grad_hidden, void* grad_weight, void* grad_bias,
+            int threads);
+
+// out (B,) and chosen (B,) of scores (S,) with offsets (B + 1,) int64 (wide) or int32. how: 0 min, 1 prod, 2 geomean,
+// 3 mean, 4 last, 5 max. SVPO_BAD_VALUE: offsets that do not run from 0 to S.
+SVPO_CPU_OP(aggregate_scores_fwd, const void* scores, int dtype, const void* offsets, int wide, int64_t S, int64_t B,
+            int how, float* out, int64_t* chosen, int threads);
+
+// grad_scores (S,), every element.
+SVPO_CPU_OP(aggregate_scores_bwd, const float* grad, const void* scores, int dtype, const void* offsets, int wide,
+            int64_t S, int64_t B, const float* out, const int64_t* chosen, int how, void* grad_scores, int threads);
 
 }  // extern "C"

@@ -31,6 +31,9 @@ void raise_status(const char* name, int status) {
   const std::string op(name);
   if (status == SVPO_BAD_DTYPE) throw std::invalid_argument(op + ": dtype must be fp32, bf16 or fp16");
   if (status == SVPO_NO_MEMORY) throw std::bad_alloc();
+  // The backend file knows the argument and says more.
+  if (status == SVPO_BAD_INDEX) throw py::index_error(op + ": an index is out of range");
+  if (status == SVPO_BAD_VALUE) throw py::value_error(op + ": a value is out of range");
   if (status != SVPO_OK) throw std::runtime_error(op + ": unknown native status " + std::to_string(status));
 }
 
@@ -79,4 +82,12 @@ PYBIND11_MODULE(_C, m) {
   SVPO_BIND(elementwise);
   SVPO_BIND(step_logps_fwd);
   SVPO_BIND(step_logps_bwd);
+  SVPO_BIND(svpo_loss_fwd);
+  SVPO_BIND(svpo_loss_bwd);
+  SVPO_BIND(prm_scores_fwd);
+  SVPO_BIND(prm_scores_bwd);
+  SVPO_BIND(prm_loss_fwd);
+  SVPO_BIND(prm_loss_bwd);
+  SVPO_BIND(aggregate_scores_fwd);
+  SVPO_BIND(aggregate_scores_bwd);
 }

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._autograd import once_differentiable
 from .._checks import (
     FLOATS,
     fail,
@@ -34,22 +34,6 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_positions(op: str, hidden: Tensor, positions: Tensor) -> None:
-    if positions.device.type == "cpu" and positions.numel():
-        rows = hidden.shape[0] * hidden.shape[1]
-        low, high = (int(x) for x in torch.aminmax(positions))
-        if low < 0 or high >= rows:
-            fail(op, "positions", f"rows of hidden in [0, {rows})", f"position {low if low < 0 else high}", IndexError)
-
-
-def _check_loss(hidden: Tensor, positions: Tensor, labels: Tensor, *_: Any) -> None:
-    _check_positions("prm_loss", hidden, positions)
-    if labels.device.type == "cpu" and labels.numel():
-        outside = labels[(labels < 0) | (labels > 1)]
-        if outside.numel():
-            fail("prm_loss", "labels", "in [0, 1] (NaN = unlabelled)", f"a label of {float(outside[0]):g}")
-
-
 def _fake_bwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
     none = hidden.new_empty(0)
     return tuple(
@@ -64,7 +48,6 @@ dispatch.define(
     "str activation, float softcap, str backend) -> (Tensor, Tensor)",
     lambda hidden, positions, *_: tuple(
         hidden.new_empty((positions.shape[0], *tail), dtype=_accumulator(hidden)) for tail in ((), (2,))),
-    check=lambda hidden, positions, *_: _check_positions("prm_scores", hidden, positions),
 )
 dispatch.define(
     __name__,
@@ -80,7 +63,6 @@ dispatch.define(
     lambda hidden, positions, labels, weight, bias, good, bad, reduction: tuple(
         hidden.new_empty(size, dtype=_accumulator(hidden))
         for size in (positions.shape if reduction == "none" else (), (positions.shape[0], 2))),
-    check=_check_loss,
 )
 dispatch.define(
     __name__,
@@ -91,24 +73,12 @@ dispatch.define(
 )
 
 
-def _check_offsets(scores: Tensor, offsets: Tensor, *_: Any) -> None:
-    if offsets.device.type != "cpu":
-        return
-    S = scores.shape[0]
-    if int(offsets[0]) != 0 or int(offsets[-1]) != S:
-        fail("aggregate_scores", "offsets", f"from 0 to S = {S}", f"from {int(offsets[0])} to {int(offsets[-1])}")
-    if bool((offsets.diff() < 0).any()):
-        at = int((offsets.diff() < 0).nonzero()[0])
-        fail("aggregate_scores", "offsets", "non-decreasing", f"{int(offsets[at])} before {int(offsets[at + 1])}")
-
-
 dispatch.define(
     __name__,
     "aggregate_scores_fwd(Tensor scores, Tensor offsets, str how, str backend) -> (Tensor, Tensor)",
     lambda scores, offsets, how: (
         scores.new_empty(offsets.shape[0] - 1, dtype=_accumulator(scores)),
         offsets.new_empty(offsets.shape[0] - 1, dtype=torch.int64)),
-    check=_check_offsets,
 )
 dispatch.define(
     __name__,

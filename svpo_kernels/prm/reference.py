@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import fail
+
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
@@ -31,6 +33,7 @@ def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tens
 
     Returns scores (S,) and logits (S, 2) before the softcap, column 1 zero with one class.
     """
+    check_positions("prm_scores", hidden, positions)
     z = head_logits(hidden, positions, weight, bias, good, bad)
     return activate(decision(z, bad, softcap), bad, activation), z
 
@@ -49,6 +52,8 @@ def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tens
 def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, good: int,
                  bad: int, reduction: str) -> tuple[Tensor, Tensor]:
     """labels (S,) in [0, 1], NaN = unlabelled. Returns the loss, () or (S,), and logits (S, 2)."""
+    check_positions("prm_loss", hidden, positions)
+    check_labels(labels)
     z = head_logits(hidden, positions, weight, bias, good, bad)
     d = decision(z, bad, 0.0)
     labelled = ~torch.isnan(labels)
@@ -114,11 +119,28 @@ def _gradients(formula: Callable[[Tensor, Tensor, Tensor | None], Tensor], grad:
     )
 
 
+def check_positions(op: str, hidden: Tensor, positions: Tensor) -> None:
+    """Positions that exist, where they can be seen without asking a device."""
+    if positions.device.type == "cpu" and positions.numel():
+        rows = hidden.shape[0] * hidden.shape[1]
+        low, high = (int(x) for x in torch.aminmax(positions))
+        if low < 0 or high >= rows:
+            fail(op, "positions", f"rows of hidden in [0, {rows})", f"position {low if low < 0 else high}", IndexError)
+
+
+def check_labels(labels: Tensor) -> None:
+    if labels.device.type == "cpu" and labels.numel():
+        outside = labels[(labels < 0) | (labels > 1)]
+        if outside.numel():
+            fail("prm_loss", "labels", "in [0, 1] (NaN = unlabelled)", f"a label of {float(outside[0]):g}")
+
+
 # -- aggregate_scores -------------------------------------------------------------------------------------------------
 
 
 def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """scores (S,), offsets (B + 1,). Returns out (B,) and the score each of min, max and last took, (B,), -1 = none."""
+    check_offsets(scores, offsets)
     lengths = offsets.diff()
     fill = {"min": torch.inf, "max": -torch.inf, "prod": 1.0, "geomean": 1.0}.get(how, 0.0)
     rows = _padded(scores, offsets, fill)
@@ -171,3 +193,16 @@ def _padded(scores: Tensor, offsets: Tensor, fill: float) -> Tensor:
     step = torch.arange(longest, device=scores.device)
     at = torch.where(step < lengths.unsqueeze(1), starts.unsqueeze(1) + step, S)
     return torch.cat([scores, scores.new_full((1,), fill)])[at]
+
+
+def check_offsets(scores: Tensor, offsets: Tensor) -> None:
+    """Offsets that run from 0 to S, where they can be seen without asking a device."""
+    if offsets.device.type != "cpu":
+        return
+    S = scores.shape[0]
+    if int(offsets[0]) != 0 or int(offsets[-1]) != S:
+        fail("aggregate_scores", "offsets", f"from 0 to S = {S}", f"from {int(offsets[0])} to {int(offsets[-1])}")
+    falls = (offsets.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0])
+        fail("aggregate_scores", "offsets", "non-decreasing", f"{int(offsets[at])} before {int(offsets[at + 1])}")

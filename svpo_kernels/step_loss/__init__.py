@@ -16,6 +16,7 @@ __all__ = ["PRESETS", "SVPOLoss", "dvo_loss", "svpo_loss"]
 
 PREFERENCES = ("sigmoid", "ipo", "hinge")
 RANKS = ("hinge", "logistic", "implicit")
+OWN_COUNTS = (-1.0, -1.0, -1.0)
 
 
 class SVPOLoss(NamedTuple):
@@ -72,7 +73,8 @@ dispatch.define(
 class _SvpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        *scalars, chosen, rejected, slopes = torch.ops.svpo.svpo_loss_fwd(*inputs, *options, backend)
+        probe = inputs[0] if inputs[0] is not None else inputs[2]
+        *scalars, chosen, rejected, slopes = dispatch.call("svpo_loss_fwd", backend, probe, (*inputs, *options))
         ctx.save_for_backward(slopes, *inputs)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
@@ -84,18 +86,15 @@ class _SvpoLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         slopes, *tensors = ctx.saved_tensors
-        need_logps, need_ref, need_values = ctx.needs_input_grad[2:5]
-        upstream = grads[:5]
+        needs, options = ctx.needs_input_grad[2:5], ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(Inputs(*tensors), ctx.options, upstream, ctx.needs_input_grad[2:5])
+            found = _differentiable_backward(Inputs(*tensors), options, grads[:5], needs)
         else:
-            weights = ctx.options
-            found = torch.ops.svpo.svpo_loss_bwd(
-                slopes, *upstream, weights.preference_weight, weights.value_weight, weights.rank_weight,
-                weights.sft_weight, need_logps, need_ref, need_values, ctx.backend)
-            found = [grad.to(x.dtype) if need else None
-                     for grad, x, need in zip(found, tensors[:3], ctx.needs_input_grad[2:5], strict=True)]
-        return None, None, *found, *(None for _ in tensors[3:])
+            weights = (options.preference_weight, options.value_weight, options.rank_weight, options.sft_weight)
+            found = dispatch.call("svpo_loss_bwd", ctx.backend, slopes, (slopes, *grads[:5], *weights, *needs))
+            found = [(grad if grad.dtype == x.dtype else grad.to(x.dtype)) if need else None
+                     for grad, x, need in zip(found, tensors[:3], needs, strict=True)]
+        return None, None, *found, None, None, None, None, None, None, None, None
 
 
 def _differentiable_backward(inputs: Inputs, options: Options, upstream: tuple[Tensor | None, ...],
@@ -190,43 +189,43 @@ def svpo_loss(
     require_choice(op, "rank", rank, RANKS)
     require_positive(op, "beta", beta)
     like = _check_steps(op, step_logps, values, rank, preference_weight, rank_weight, sft_weight)
+    S, double = like.shape[0], like.dtype == torch.float64
     _check_index(op, "pairs", pairs, like, 2)
-    P, dtype = pairs.shape[0], like.dtype
-    if values is None:
-        value_targets = None
     if step_logps is None:
         ref_step_logps = sft_steps = None
-    elif sft_steps is not None:
+    if ref_step_logps is not None:
+        _check_vector(op, "ref_step_logps", ref_step_logps, like, S, "(S,)")
+        double = double or ref_step_logps.dtype == torch.float64
+    if sft_steps is not None:
         _check_index(op, "sft_steps", sft_steps, like, 1)
-    for name, x in (("ref_step_logps", ref_step_logps), ("values", values), ("value_targets", value_targets)):
-        if x is not None:
-            _check_vector(op, name, x, like, like.shape[0], "(S,)")
-            dtype = torch.float64 if x.dtype == torch.float64 and name != "value_targets" else dtype
-    require_no_grad(op, value_targets=value_targets)
-    smoothing = label_smoothing
-    if isinstance(label_smoothing, Tensor):
-        smoothing = 0.0
-    elif not 0.0 <= label_smoothing <= 1.0:
+    if values is None:
+        value_targets = None
+    elif values is not like:
+        _check_vector(op, "values", values, like, S, "(S,)")
+        double = double or values.dtype == torch.float64
+    if value_targets is not None:
+        _check_vector(op, "value_targets", value_targets, like, S, "(S,)")
+        require_no_grad(op, value_targets=value_targets)
+    if pair_weights is not None:
+        _check_pair_tensor(op, "pair_weights", pair_weights, like, pairs)
+    smoothings, label_smoothing = _per_pair(op, "label_smoothing", label_smoothing, like, pairs)
+    margins, margin = _per_pair(op, "margin", margin, like, pairs)
+    rank_margins, rank_margin = _per_pair(op, "rank_margin", rank_margin, like, pairs)
+    if not 0.0 <= label_smoothing <= 1.0:
         fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
-    margin_value = 0.0 if isinstance(margin, Tensor) else margin
-    rank_value = 0.0 if isinstance(rank_margin, Tensor) else rank_margin
     if preference != "sigmoid":
-        if label_smoothing is not smoothing or smoothing:
-            fail(op, "label_smoothing", f"0 with preference={preference!r} (only 'sigmoid' has it)", label_smoothing)
-        if preference == "ipo" and (margin is not margin_value or margin_value):
-            fail(op, "margin", "0 with preference='ipo', which has none", margin)
-    per_pair = [
-        _per_pair(op, name, x, like, P)
-        for name, x in (("pair_weights", pair_weights), ("label_smoothing", label_smoothing), ("margin", margin),
-                        ("rank_margin", rank_margin))
-    ]
-    count_tensor, numbers = _counts(op, counts, like)
-    if dtype == torch.float64 and like.dtype != dtype:  # The dtype of the first tensor decides which backends can run.
+        if label_smoothing or smoothings is not None:
+            fail(op, "label_smoothing", f"0 with preference={preference!r} (only 'sigmoid' has it)",
+                 label_smoothing if smoothings is None else smoothings)
+        if preference == "ipo" and (margin or margins is not None):
+            fail(op, "margin", "0 with preference='ipo', which has none", margin if margins is None else margins)
+    counts, numbers = (None, OWN_COUNTS) if counts is None else _counts(op, counts, like)
+    if double and like.dtype != torch.float64:  # The dtype of the first tensor decides which backends can run.
         step_logps, values = (x if x is None else x.double() for x in (step_logps, values))
-    options = Options(beta, preference, preference_weight, smoothing, margin_value, value_weight, rank, rank_value,
+    options = Options(beta, preference, preference_weight, label_smoothing, margin, value_weight, rank, rank_margin,
                       rank_scale, rank_weight, sft_weight, *numbers)
-    return SVPOLoss(*_SvpoLoss.apply(options, backend, step_logps, ref_step_logps, values, value_targets, pairs,
-                                     sft_steps, *per_pair, count_tensor))
+    return SVPOLoss._make(_SvpoLoss.apply(options, backend, step_logps, ref_step_logps, values, value_targets, pairs,
+                                          sft_steps, pair_weights, smoothings, margins, rank_margins, counts))
 
 
 def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Tensor, *, beta: float,
@@ -287,29 +286,32 @@ def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> None:
         fail(op, name, "an integer tensor", x, TypeError)
     if x.dim() != dim or (dim == 2 and x.shape[1] != 2) or x.device != like.device:
         fail(op, name, f"{'(P, 2)' if dim == 2 else '(K,)'} on {like.device}", x)
-    if x.shape[0] and not like.shape[0]:
+    if not like.shape[0] and x.shape[0]:
         fail(op, name, "empty when there are no steps (S = 0)", x, IndexError)
 
 
-def _per_pair(op: str, name: str, x: float | Tensor | None, like: Tensor, P: int) -> Tensor | None:
-    if not isinstance(x, Tensor):
-        if x is not None and not isinstance(x, (int, float)):
-            fail(op, name, "a number or a (P,) tensor", x, TypeError)
-        return None
-    _check_vector(op, name, x, like, P, "(P,)")
+def _check_pair_tensor(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> None:
+    _check_vector(op, name, x, like, pairs.shape[0], "(P,)")
     require_no_grad(op, **{name: x})
-    return x
+
+
+def _per_pair(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> tuple[Tensor | None, float]:
+    """A number for all pairs, or one per pair."""
+    if isinstance(x, (int, float)):
+        return None, x
+    if not isinstance(x, Tensor):
+        fail(op, name, "a number or a (P,) tensor", x, TypeError)
+    _check_pair_tensor(op, name, x, like, pairs)
+    return x, 0.0
 
 
 def _counts(op: str, counts: object, like: Tensor) -> tuple[Tensor | None, tuple[float, float, float]]:
     """The denominators as a tensor, or as three numbers (-1: own count)."""
-    if counts is None:
-        return None, (-1.0, -1.0, -1.0)
     if isinstance(counts, Tensor):
         if counts.shape != (3,) or counts.device != like.device:
             fail(op, "counts", f"(3,) = (pairs, labelled steps, SFT steps) on {like.device}", counts)
         require_no_grad(op, counts=counts)
-        return counts, (-1.0, -1.0, -1.0)
+        return counts, OWN_COUNTS
     if not isinstance(counts, (tuple, list)) or len(counts) != 3:
         fail(op, "counts", "(pairs, labelled steps, SFT steps), three numbers or a (3,) tensor", counts, TypeError)
     numbers = tuple(float(count) for count in counts)

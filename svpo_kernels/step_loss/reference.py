@@ -65,7 +65,7 @@ def svpo_loss_fwd(*args: object) -> tuple[Tensor, ...]:
     """loss, preference, value, rank, sft, accuracy, value_accuracy (), chosen and rejected rewards (P,), and the slopes
     (4, S) of the unweighted terms: d preference / d lp, d sft / d lp, d value / d v, d rank / d v."""
     inputs, options = Inputs(*args[: len(Inputs._fields)]), Options(*args[len(Inputs._fields) :])
-    _check_values(inputs, options)
+    check_values(inputs, options)
     with torch.enable_grad():
         lp, v = (None if x is None else x.detach().requires_grad_() for x in (inputs.step_logps, inputs.values))
         leaves = inputs._replace(step_logps=lp, values=v)
@@ -208,7 +208,7 @@ def _metrics(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor, Tenso
     return accuracy, value_accuracy, chosen, rejected
 
 
-def _check_values(inputs: Inputs, options: Options) -> None:
+def check_values(inputs: Inputs, options: Options) -> None:
     """What can be seen without asking a device: steps that exist, and a count where a term has members."""
     like = inputs.step_logps if inputs.step_logps is not None else inputs.values
     if inputs.pairs.device.type != "cpu":

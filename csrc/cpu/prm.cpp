@@ -1,0 +1,358 @@
+// Process reward heads: two dots per step end, and gradients that touch no other row of hidden.
+//
+//   z = hidden[position] . weight[row] + bias[row],  d = cap(z_good) - cap(z_bad), or z_good with one class (bad < 0)
+//
+// The two head rows are widened to fp32 once; hidden is read once in the forward and once for the weight's gradient.
+#include "../numerics.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kRun = 1024;          // products summed in fp32 lanes before they join a double
+constexpr int64_t kColumns = 4 * kWidth;  // columns of the weight's gradient held in registers
+constexpr int64_t kFlush = 64;          // rows between two visits of its double accumulators
+constexpr int64_t kGrain = 1 << 15;     // elements of hidden that are worth a thread
+
+enum { kNone, kSigmoid, kTanh };
+
+template <class T>
+struct Hidden {
+  const T* data;
+  const void* positions;
+  int wide;
+  int64_t B, L, stride_b, stride_l, D;
+  int64_t position(int64_t s) const {
+    return wide ? static_cast<const int64_t*>(positions)[s] : static_cast<const int32_t*>(positions)[s];
+  }
+  const T* row(int64_t s) const {
+    const int64_t at = position(s);
+    return data + at / L * stride_b + at % L * stride_l;
+  }
+};
+
+// The head rows that count for and against a step, in fp32; against is null with one class.
+struct Head {
+  Scratch<float> rows;
+  const float *good, *bad;
+  double good_bias = 0.0, bad_bias = 0.0;
+  Head(int64_t D, bool two) : rows(2 * D), good(rows.data), bad(two ? rows.data + D : nullptr) {}
+};
+
+template <class W>
+void widen_row(const W* from, float* to, int64_t D) {
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int left = D - i < kWidth ? static_cast<int>(D - i) : kWidth;
+    store_n(to + i, load_n(from + i, left, 0.0f), left);
+  }
+}
+
+int fill_head(Head& head, const void* weight, int weight_dtype, int64_t stride, const void* bias, int bias_dtype,
+              int64_t good, int64_t bad, int64_t D) {
+  if (!head.rows.data) return SVPO_NO_MEMORY;
+  const int status = for_dtype(weight_dtype, [&](auto type) {
+    using W = decltype(type);
+    widen_row(static_cast<const W*>(weight) + good * stride, head.rows.data, D);
+    if (bad >= 0) widen_row(static_cast<const W*>(weight) + bad * stride, head.rows.data + D, D);
+    return SVPO_OK;
+  });
+  if (status != SVPO_OK || !bias) return status;
+  return for_dtype(bias_dtype, [&](auto type) {
+    using W = decltype(type);
+    head.good_bias = to_float(static_cast<const W*>(bias)[good]);
+    if (bad >= 0) head.bad_bias = to_float(static_cast<const W*>(bias)[bad]);
+    return SVPO_OK;
+  });
+}
+
+// Dots of a row with one or two head rows, read once.
+template <bool two, class T>
+void dots(const T* h, const float* good, const float* bad, int64_t D, double out[2]) {
+  out[0] = out[1] = 0.0;
+  for (int64_t start = 0; start < D; start += kRun) {
+    const int64_t end = D - start < kRun ? D : start + kRun;
+    Vec g[2] = {set1(0.0f), set1(0.0f)}, b[2] = {set1(0.0f), set1(0.0f)};
+    int64_t i = start;
+    for (; i + 2 * kWidth <= end; i += 2 * kWidth)
+      for (int k = 0; k < 2; ++k) {
+        const Vec x = load(h + i + k * kWidth);
+        g[k] = fma(x, load(good + i + k * kWidth), g[k]);
+        if (two) b[k] = fma(x, load(bad + i + k * kWidth), b[k]);
+      }
+    for (; i < end; i += kWidth) {
+      const int left = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
+      const Vec x = load_n(h + i, left, 0.0f);
+      g[0] = fma(x, load_n(good + i, left, 0.0f), g[0]);
+      if (two) b[0] = fma(x, load_n(bad + i, left, 0.0f), b[0]);
+    }
+    out[0] += hsum(g[0] + g[1]);
+    if (two) out[1] += hsum(b[0] + b[1]);
+  }
+}
+
+template <class T>
+bool position_out_of_range(const Hidden<T>& hidden, int64_t S) {
+  for (int64_t s = 0; s < S; ++s)
+    if (hidden.position(s) < 0 || hidden.position(s) >= hidden.B * hidden.L) return true;
+  return false;
+}
+
+template <class T>
+void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, int threads, float* logits) {
+  parallel_for(S, kGrain / (hidden.D + 1) + 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      double z[2];
+      if (head.bad) dots<true>(hidden.row(s), head.good, head.bad, hidden.D, z);
+      else dots<false>(hidden.row(s), head.good, head.bad, hidden.D, z);
+      logits[2 * s] = static_cast<float>(z[0] + head.good_bias);
+      logits[2 * s + 1] = head.bad ? static_cast<float>(z[1] + head.bad_bias) : 0.0f;
+    }
+  });
+}
+
+double capped(double z, double softcap) { return softcap > 0.0 ? softcap * tanh(z / softcap) : z; }
+
+double decision(const float* z, bool two, double softcap) {
+  return capped(z[0], softcap) - (two ? capped(z[1], softcap) : 0.0);
+}
+
+// From d upstream to z upstream: a gradient of the head's logits.
+struct Coefficients { double good, bad; };
+
+Coefficients through_cap(double g, const float* z, bool two, double softcap) {
+  return {g * svpo_logit_slope(z[0], 1.0, softcap), two ? -g * svpo_logit_slope(z[1], 1.0, softcap) : 0.0};
+}
+
+// Visits the groups of equal positions: order (S,) sorted by position, then by s.
+template <class T>
+void sort_by_position(const Hidden<T>& hidden, int64_t S, int64_t* order) {
+  bool sorted = true;
+  for (int64_t s = 0; s < S; ++s) {
+    order[s] = s;
+    sorted = sorted && (s == 0 || hidden.position(s - 1) <= hidden.position(s));
+  }
+  auto before = [&](int64_t a, int64_t b) {
+    const int64_t at = hidden.position(a), bt = hidden.position(b);
+    return at != bt ? at < bt : a < b;
+  };
+  // Shell sort: the order is total, so it need not be stable.
+  for (int64_t gap = sorted ? 0 : S / 2; gap > 0; gap = gap == 2 ? 1 : gap * 5 / 11)
+    for (int64_t i = gap; i < S; ++i) {
+      const int64_t s = order[i];
+      int64_t j = i;
+      for (; j >= gap && before(s, order[j - gap]); j -= gap) order[j] = order[j - gap];
+      order[j] = s;
+    }
+}
+
+// Gradient of hidden at the positions; the caller has filled it with zeros. A position that comes several times gets the
+// sum of its coefficients, so that its row is rounded once.
+template <class T>
+int hidden_gradient(const Hidden<T>& hidden, const Head& head, const Coefficients* c, int64_t S, int threads, T* grad) {
+  Scratch<int64_t> order(S);
+  if (!order.data) return SVPO_NO_MEMORY;
+  sort_by_position(hidden, S, order.data);
+  const int64_t D = hidden.D;
+  parallel_for(S, kGrain / (D + 1) + 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t at = hidden.position(order[i]);
+      if (i > 0 && hidden.position(order[i - 1]) == at) continue;  // its group began earlier
+      Coefficients sum = {0.0, 0.0};
+      for (int64_t j = i; j < S && hidden.position(order[j]) == at; ++j)
+        sum.good += c[order[j]].good, sum.bad += c[order[j]].bad;
+      const Vec good = set1(static_cast<float>(sum.good)), bad = set1(static_cast<float>(sum.bad));
+      T* const row = grad + at * D;
+      for (int64_t k = 0; k < D; k += kWidth) {
+        const int left = D - k < kWidth ? static_cast<int>(D - k) : kWidth;
+        Vec x = good * load_n(head.good + k, left, 0.0f);
+        if (head.bad) x = fma(bad, load_n(head.bad + k, left, 0.0f), x);
+        store_n(row + k, x, left);
+      }
+    }
+  });
+  return SVPO_OK;
+}
+
+// Gradients of the two head rows, sums over the steps in order: column blocks in parallel, so that the thread count
+// does not matter.
+template <class T, class W>
+void weight_gradient(const Hidden<T>& hidden, const Coefficients* c, int64_t S, bool two, int threads, W* good, W* bad) {
+  const int64_t D = hidden.D, blocks = (D + kColumns - 1) / kColumns;
+  parallel_for(blocks, kGrain / (kColumns * (S + 1)) + 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t start = block * kColumns;
+      const int width = static_cast<int>(D - start < kColumns ? D - start : kColumns);
+      double total[2][kColumns] = {};
+      for (int64_t s0 = 0; s0 < S; s0 += kFlush) {
+        Vec sum[2][4];
+        for (int k = 0; k < 8; ++k) sum[k / 4][k % 4] = set1(0.0f);
+        for (int64_t s = s0; s < S && s < s0 + kFlush; ++s) {
+          const T* const h = hidden.row(s) + start;
+          const Vec cg = set1(static_cast<float>(c[s].good)), cb = set1(static_cast<float>(c[s].bad));
+          for (int k = 0; k < 4; ++k) {
+            const int left = width - k * kWidth < kWidth ? width - k * kWidth : kWidth;
+            if (left <= 0) break;
+            const Vec x = left == kWidth ? load(h + k * kWidth) : load_n(h + k * kWidth, left, 0.0f);
+            sum[0][k] = fma(cg, x, sum[0][k]);
+            if (two) sum[1][k] = fma(cb, x, sum[1][k]);
+          }
+        }
+        float flat[2][kColumns];
+        for (int k = 0; k < 8; ++k) store(&flat[k / 4][k % 4 * kWidth], sum[k / 4][k % 4]);
+        for (int side = 0; side < 1 + two; ++side)
+          for (int i = 0; i < width; ++i) total[side][i] += flat[side][i];
+      }
+      for (int i = 0; i < width; ++i) {
+        good[start + i] = from_float<W>(static_cast<float>(total[0][i]));
+        if (two) bad[start + i] = from_float<W>(static_cast<float>(total[1][i]));
+      }
+    }
+  });
+}
+
+template <class W>
+void bias_gradient(const Coefficients* c, int64_t S, int64_t good, int64_t bad, W* grad) {
+  double sum[2] = {0.0, 0.0};
+  for (int64_t s = 0; s < S; ++s) sum[0] += c[s].good, sum[1] += c[s].bad;
+  grad[good] = from_float<W>(static_cast<float>(sum[0]));
+  if (bad >= 0) grad[bad] = from_float<W>(static_cast<float>(sum[1]));
+}
+
+// All gradients of a head from the coefficients; a null pointer is not needed.
+template <class T>
+int head_gradients(const Hidden<T>& hidden, const Coefficients* c, int64_t S, const void* weight, int weight_dtype,
+                   int64_t stride, int bias_dtype, int64_t good, int64_t bad, int threads, void* grad_hidden,
+                   void* grad_weight, void* grad_bias) {
+  int status = SVPO_OK;
+  const int64_t D = hidden.D;
+  if (grad_hidden) {
+    Head head(D, bad >= 0);
+    status = fill_head(head, weight, weight_dtype, stride, nullptr, 0, good, bad, D);
+    if (status == SVPO_OK)
+      status = hidden_gradient(hidden, head, c, S, threads, static_cast<T*>(grad_hidden));
+  }
+  if (status == SVPO_OK && grad_weight)
+    status = for_dtype(weight_dtype, [&](auto type) {
+      using W = decltype(type);
+      W* const rows = static_cast<W*>(grad_weight);
+      weight_gradient(hidden, c, S, bad >= 0, threads, rows + good * D, rows + (bad >= 0 ? bad : 0) * D);
+      return SVPO_OK;
+    });
+  if (status == SVPO_OK && grad_bias)
+    status = for_dtype(bias_dtype, [&](auto type) {
+      bias_gradient(c, S, good, bad, static_cast<decltype(type)*>(grad_bias));
+      return SVPO_OK;
+    });
+  return status;
+}
+
+}  // namespace
+
+extern "C" int SVPO_ENTRY(prm_scores_fwd)(const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+                                          int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S,
+                                          const void* weight, int weight_dtype, int64_t weight_stride, const void* bias,
+                                          int bias_dtype, int64_t good, int64_t bad, int activation, double softcap,
+                                          float* scores, float* logits, int threads) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    const Hidden<T> h = {static_cast<const T*>(hidden), positions, wide, B, L, stride_b, stride_l, D};
+    if (position_out_of_range(h, S)) return SVPO_BAD_INDEX;
+    Head head(D, bad >= 0);
+    const int status = fill_head(head, weight, weight_dtype, weight_stride, bias, bias_dtype, good, bad, D);
+    if (status != SVPO_OK) return status;
+    head_logits(h, head, S, threads, logits);
+    for (int64_t s = 0; s < S; ++s) {
+      const double d = decision(logits + 2 * s, bad >= 0, softcap);
+      const bool probability = bad >= 0 || activation == kSigmoid;
+      scores[s] = static_cast<float>(probability ? svpo_sigmoid(d) : activation == kTanh ? tanh(d) : d);
+    }
+    return SVPO_OK;
+  });
+}
+
+// grad_hidden (B, L, D) and, with more than two rows, grad_weight come filled with zeros; null is not needed.
+extern "C" int SVPO_ENTRY(prm_scores_bwd)(const float* grad, const void* hidden, int dtype, int64_t B, int64_t L,
+                                          int64_t stride_b, int64_t stride_l, int64_t D, const void* positions,
+                                          int wide, int64_t S, const void* weight, int weight_dtype,
+                                          int64_t weight_stride, int bias_dtype, const float* logits, int64_t good,
+                                          int64_t bad, int activation, double softcap, void* grad_hidden,
+                                          void* grad_weight, void* grad_bias, int threads) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    const Hidden<T> h = {static_cast<const T*>(hidden), positions, wide, B, L, stride_b, stride_l, D};
+    if (position_out_of_range(h, S)) return SVPO_BAD_INDEX;
+    Scratch<Coefficients> c(S);
+    if (!c.data) return SVPO_NO_MEMORY;
+    for (int64_t s = 0; s < S; ++s) {
+      const double d = decision(logits + 2 * s, bad >= 0, softcap);
+      double slope = 1.0;
+      if (bad >= 0 || activation == kSigmoid) slope = svpo_sigmoid(d) * svpo_sigmoid(-d);
+      else if (activation == kTanh) slope = 4.0 * svpo_sigmoid(2.0 * d) * svpo_sigmoid(-2.0 * d);
+      c[s] = through_cap(grad[s] * slope, logits + 2 * s, bad >= 0, softcap);
+    }
+    return head_gradients(h, c.data, S, weight, weight_dtype, weight_stride, bias_dtype, good, bad, threads,
+                          grad_hidden, grad_weight, grad_bias);
+  });
+}
+
+// labels (S,), NaN = unlabelled. loss () or, with SVPO_NONE, (S,).
+extern "C" int SVPO_ENTRY(prm_loss_fwd)(const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+                                        int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S,
+                                        const float* labels, const void* weight, int weight_dtype,
+                                        int64_t weight_stride, const void* bias, int bias_dtype, int64_t good,
+                                        int64_t bad, int reduction, float* loss, float* logits, int threads) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    const Hidden<T> h = {static_cast<const T*>(hidden), positions, wide, B, L, stride_b, stride_l, D};
+    if (position_out_of_range(h, S)) return SVPO_BAD_INDEX;
+    for (int64_t s = 0; s < S; ++s)
+      if (labels[s] < 0.0f || labels[s] > 1.0f) return SVPO_BAD_VALUE;
+    Head head(D, bad >= 0);
+    const int status = fill_head(head, weight, weight_dtype, weight_stride, bias, bias_dtype, good, bad, D);
+    if (status != SVPO_OK) return status;
+    head_logits(h, head, S, threads, logits);
+    double total = 0.0;
+    int64_t labelled = 0;
+    for (int64_t s = 0; s < S; ++s) {
+      const bool known = labels[s] == labels[s];
+      const double d = decision(logits + 2 * s, bad >= 0, 0.0), y = known ? labels[s] : 0.0;
+      // A hard label alone must not meet the other side's infinity.
+      double value = 0.0;
+      if (known && y > 0.0) value -= y * svpo_logsigmoid(d);
+      if (known && y < 1.0) value -= (1.0 - y) * svpo_logsigmoid(-d);
+      labelled += known;
+      total += value;
+      if (reduction == SVPO_NONE) loss[s] = static_cast<float>(value);
+    }
+    if (reduction != SVPO_NONE)
+      *loss = static_cast<float>(reduction == SVPO_MEAN && labelled ? total / static_cast<double>(labelled) : total);
+    return SVPO_OK;
+  });
+}
+
+// As prm_scores_bwd; grad () or, with SVPO_NONE, (S,).
+extern "C" int SVPO_ENTRY(prm_loss_bwd)(const float* grad, const void* hidden, int dtype, int64_t B, int64_t L,
+                                        int64_t stride_b, int64_t stride_l, int64_t D, const void* positions, int wide,
+                                        int64_t S, const float* labels, const void* weight, int weight_dtype,
+                                        int64_t weight_stride, int bias_dtype, const float* logits, int64_t good,
+                                        int64_t bad, int reduction, void* grad_hidden, void* grad_weight,
+                                        void* grad_bias, int threads) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    const Hidden<T> h = {static_cast<const T*>(hidden), positions, wide, B, L, stride_b, stride_l, D};
+    if (position_out_of_range(h, S)) return SVPO_BAD_INDEX;
+    Scratch<Coefficients> c(S);
+    if (!c.data) return SVPO_NO_MEMORY;
+    int64_t labelled = 0;
+    for (int64_t s = 0; s < S; ++s) labelled += labels[s] == labels[s];
+    const double scale = reduction == SVPO_MEAN && labelled ? 1.0 / static_cast<double>(labelled) : 1.0;
+    for (int64_t s = 0; s < S; ++s) {
+      const double d = decision(logits + 2 * s, bad >= 0, 0.0), y = labels[s];
+      // sigmoid(d) - y without the cancellation.
+      const double slope = y == y ? (1.0 - y) * svpo_sigmoid(d) - y * svpo_sigmoid(-d) : 0.0;
+      const double g = (reduction == SVPO_NONE ? grad[s] : *grad) * scale;
+      c[s] = through_cap(y == y ? g * slope : 0.0, logits + 2 * s, bad >= 0, 0.0);
+    }
+    return head_gradients(h, c.data, S, weight, weight_dtype, weight_stride, bias_dtype, good, bad, threads,
+                          grad_hidden, grad_weight, grad_bias);
+  });
+}
