@@ -90,7 +90,7 @@ def _line_rows(stream, facts: FileFacts) -> Iterator[RawRow]:
             continue
         row += 1
         try:
-            yield RawRow(row, line, _parse_line(data))
+            yield RawRow(row, line, _parse_line(data.rstrip(b"\r\n")))
         except RowProblem as problem:
             yield RawRow(row, line, None, problem)
 
