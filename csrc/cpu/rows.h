@@ -104,7 +104,11 @@ inline void add_partial(Partial& sum, Partial more) {
   if (more.s != 0.0) sum.s += more.s * exp(static_cast<double>(finite_max(more.m)) - finite_max(sum.m));
 }
 
-// Largest x of a block; NaN is passed over (the sum catches it). A capped block leaves its x in `stash`.
+// Whether the maximum's pass leaves x in a buffer for the sum's pass: where x costs more than a load.
+template <Mode mode, class T>
+constexpr bool kStash = mode == kCapped || sizeof(T) < sizeof(float);
+
+// Largest x of a block; NaN is passed over (the sum catches it).
 template <Mode mode, class T>
 SVPO_INLINE float block_max(const T* z0, int n, const Transform& t, float* stash) {
   Vec top[4];
@@ -113,13 +117,13 @@ SVPO_INLINE float block_max(const T* z0, int n, const Transform& t, float* stash
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
     for (int k = 0; k < 4; ++k) {
       const Vec x = transformed<mode>(load(z0 + i + k * kWidth), t);
-      if (mode == kCapped) store(stash + i + k * kWidth, x);
+      if (kStash<mode, T>) store(stash + i + k * kWidth, x);
       top[k] = max(x, top[k]);
     }
   for (; i < n; i += kWidth) {
     const int left = n - i < kWidth ? n - i : kWidth;
     const Vec x = transformed<mode>(load_n(z0 + i, left, -__builtin_inff()), t);
-    if (mode == kCapped) store_n(stash + i, x, left);
+    if (kStash<mode, T>) store_n(stash + i, x, left);
     // A capped filling is -1, which is a logit like any other: keep it out.
     top[0] = max(mode == kCapped ? load_n(stash + i, left, -__builtin_inff()) : x, top[0]);
   }
@@ -149,7 +153,7 @@ SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& 
 // Adds columns z0[0 ... n) to a partial sum: one read from memory.
 template <Mode mode, class T>
 void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
-  alignas(64) float stash[mode == kCapped ? kBlock : 1];
+  alignas(64) float stash[kStash<mode, T> ? kBlock : 1];
   float m = __builtin_nanf("");
   Reference to = {};
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -157,7 +161,7 @@ void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
     const double top = block_max<mode>(z0 + i, len, t, stash);
     rescale(sum, static_cast<float>(mode == kPlain ? top : top * t.scale));
     if (m != sum.m) m = sum.m, to = reference(t, finite_max(m));
-    sum.s += to.fix * (mode == kCapped ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
+    sum.s += to.fix * (kStash<mode, T> ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
                                        : block_sum<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock));
   }
 }
