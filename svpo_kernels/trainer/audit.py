@@ -289,13 +289,15 @@ def _render_pairs(result: Report, console: Console) -> None:
     one_kind = result.settings["same_kind"] and not given
     title = "pairs that the rows hold" if given else f"pairs with a gap above {result.settings['min_gap']:g}"
     used = "of one kind" if one_kind else "used"
-    table = _table(title, "rule", "pairs", "distinct texts", used, "gap min / median / max")
+    console.print(f"\n[bold]{title}[/bold]")
+    table = _table("rule", "pairs", "distinct texts", used, "gap min / median / max")
     for count in result.pairs:
         gap = "-" if count.gap is None else " / ".join(f"{value:.3g}" for value in count.gap)
         table.add_row(count.rule, f"{count.pairs:,}", f"{count.distinct:,}", f"{count.used:,}", gap)
     console.print(table)
     if result.tokens is not None:
-        table = _table("tokens of a pass over these pairs", "rule", *_TOKEN_HEADS)
+        console.print("\n[bold]tokens of one pass over these pairs[/bold]")
+        table = _table("rule", *_TOKEN_HEADS)
         for rule, tokens in result.tokens.items():
             table.add_row(rule, *_token_cells(tokens))
         console.print(table)
@@ -307,7 +309,8 @@ def _render_trees(result: Report, console: Console, max_trees: int) -> None:
     title = "trees" + (f", pairs by rule {rule}" if rule != "given" else "")
     if len(shown) < len(result.trees):
         title += f", the first {len(shown)} of {len(result.trees)}"
-    table = _table(title, "line", "nodes", "pairs", *(_TOKEN_HEADS if result.tokens is not None else ()))
+    console.print(f"\n[bold]{title}[/bold]")
+    table = _table("line", "nodes", "pairs", *(_TOKEN_HEADS if result.tokens is not None else ()))
     for tree in shown:
         table.add_row(str(tree.line), f"{tree.nodes:,}", f"{tree.pairs:,}", *_token_cells(tree.tokens))
     table.add_section()
@@ -320,10 +323,10 @@ def _render_trees(result: Report, console: Console, max_trees: int) -> None:
 _TOKEN_HEADS = ("naive", "distinct", "packed", "saved", "of distinct")
 
 
-def _table(title: str, *heads: str) -> Any:
+def _table(*heads: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
     return table
