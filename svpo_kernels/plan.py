@@ -93,8 +93,7 @@ class StepPlan:
         """
         op = "StepPlan.from_predictions"
         rows, labels, step_ids = (
-            as_index(op, name, value)
-            for name, value in (("rows", rows), ("labels", labels), ("step_ids", step_ids))
+            as_index(op, name, value) for name, value in (("rows", rows), ("labels", labels), ("step_ids", step_ids))
         )
         for name, value in (("labels", labels), ("step_ids", step_ids)):
             if value.shape != rows.shape or value.dim() != 1:
@@ -133,8 +132,20 @@ class StepPlan:
         return cls(torch.cat([rows, each, kept, each[:T], step_ids, order, start]), bounds, T, T, num_steps)
 
     @classmethod
-    def _assemble(cls, rows: Tensor, row_start: Tensor, labels: Tensor, first: Tensor, step_ids: Tensor,
-                  step_order: Tensor, step_start: Tensor, *, R: int, N: int, S: int) -> StepPlan:
+    def _assemble(
+        cls,
+        rows: Tensor,
+        row_start: Tensor,
+        labels: Tensor,
+        first: Tensor,
+        step_ids: Tensor,
+        step_order: Tensor,
+        step_start: Tensor,
+        *,
+        R: int,
+        N: int,
+        S: int,
+    ) -> StepPlan:
         bounds = value_bounds(rows, labels, labels, step_ids)
         if int(bounds[0]) < 0:
             fail("StepPlan", "labels", ">= 0, or -100 for not scored", f"a label of {int(bounds[0])}", IndexError)
@@ -158,8 +169,16 @@ class StepPlan:
 
     @property
     def tensors(self) -> PlanTensors:
-        return PlanTensors(self.rows, self.row_start, self.labels, self.first, self.step_ids, self.step_order,
-                           self.step_start, self.bounds)
+        return PlanTensors(
+            self.rows,
+            self.row_start,
+            self.labels,
+            self.first,
+            self.step_ids,
+            self.step_order,
+            self.step_start,
+            self.bounds,
+        )
 
     def to(self, device: Any, non_blocking: bool = False) -> StepPlan:
         """The same plan on another device: one copy."""
@@ -183,11 +202,17 @@ class StepPlan:
             return torch.cat([values, more])
 
         tail = torch.arange(N, predictions, device=self.buffer.device)
-        buffer = torch.cat([
-            grow(self.rows, rows, -1), grow(self.row_start, rows + 1, self.row_start[-1]),
-            grow(self.labels, predictions, 0), torch.cat([self.first, tail]), grow(self.step_ids, predictions, 0),
-            torch.cat([self.step_order, tail]), grow(self.step_start, steps + 1, self.step_start[-1]),
-        ])
+        buffer = torch.cat(
+            [
+                grow(self.rows, rows, -1),
+                grow(self.row_start, rows + 1, self.row_start[-1]),
+                grow(self.labels, predictions, 0),
+                torch.cat([self.first, tail]),
+                grow(self.step_ids, predictions, 0),
+                torch.cat([self.step_order, tail]),
+                grow(self.step_start, steps + 1, self.step_start[-1]),
+            ]
+        )
         return StepPlan(buffer, self.bounds, rows, predictions, steps)
 
     def _with(self, buffer: Tensor) -> StepPlan:
@@ -198,8 +223,10 @@ class StepPlan:
         return StepPlan, (self.buffer, self.bounds, *sizes)
 
     def __repr__(self) -> str:
-        return (f"StepPlan(rows={self.rows.shape[0]}, predictions={self.num_predictions}, steps={self.num_steps}, "
-                f"device={self.buffer.device})")
+        return (
+            f"StepPlan(rows={self.rows.shape[0]}, predictions={self.num_predictions}, steps={self.num_steps}, "
+            f"device={self.buffer.device})"
+        )
 
 
 # -- pieces shared by the builders ----------------------------------------------------------------------------------
@@ -283,7 +310,7 @@ def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def value_bounds(rows: Tensor, low: Tensor, high: Tensor, step_ids: Tensor) -> Tensor:
-    """(4,) smallest of `low` and largest of `high` (both labels), largest row, largest step; of nothing: 0, -1, -1, -1."""
+    """(4,) smallest of `low` and largest of `high` (both labels), largest row and step; of nothing: 0, -1, -1, -1."""
     if rows.shape[0] == 0:
         return torch.tensor([0, -1, -1, -1])
     return torch.stack([low.min(), high.max(), rows.max(), step_ids.max()])

@@ -9,7 +9,7 @@ UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 
 
 def assert_accurate(ours: Tensor, eager: Tensor, exact: Tensor, *, what: str = "output") -> None:
-    """max|ours - fp64| <= 2 max|eager - fp64| + 4 u max(1, max|fp64|); mean|ours - fp64| <= 1.25 mean|eager - fp64| + u.
+    """max|ours - fp64| <= 2 max|eager - fp64| + 4 u max(1, max|fp64|), mean|..| <= 1.25 mean|eager - fp64| + u.
 
     u belongs to the dtype of `ours`. NaN and infinities must sit where fp64 has them.
     """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# (backend, device) of every backend that is to be judged against the oracle; GPU ones are marked and skipped without one.
+# (backend, device) of every backend that is judged against the oracle; GPU ones are marked and skipped without one.
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
     pytest.param("cpu", "cpu", id="cpu"),
@@ -21,12 +21,14 @@ class RowCase:
 
     name: str
     B: int = 2
-    L: int = 13
+    L: int = 60
     V: int = 127
-    S: int = 5
+    S: int = 40
     scored: float = 0.6
     dtype: torch.dtype = torch.float32
-    layout: str = "contiguous"  # "wide": a slice of wider rows; "shifted": logits[:, :-1]; "transposed": (L, B, V) transposed
+    layout: str = (
+        "contiguous"  # "wide": a slice of wider rows; "shifted": logits[:, :-1]; "transposed": (L, B, V) transposed
+    )
     scale: float = 3.0
     temperature: float = 1.0
     softcap: float | None = None
@@ -38,8 +40,12 @@ class RowCase:
 
     @property
     def options(self) -> dict[str, object]:
-        return {"temperature": self.temperature, "softcap": self.softcap, "vocab_size": self.vocab_size,
-                "reduction": self.reduction}
+        return {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "vocab_size": self.vocab_size,
+            "reduction": self.reduction,
+        }
 
 
 _F32 = [
@@ -55,7 +61,7 @@ _F32 = [
     RowCase("all_masked", scored=0.0),
     RowCase("no_rows", L=0),
     RowCase("no_steps", S=0, scored=0.0),
-    RowCase("many_steps", S=40),
+    RowCase("many_steps", S=200),
     RowCase("mean", reduction="mean"),
     RowCase("none", reduction="none"),
     RowCase("temperature", temperature=0.7),
@@ -75,12 +81,26 @@ _F32 = [
     RowCase("extreme", scale=1e4),
     RowCase("flat", scale=0.0),
 ]
-_HALF = ("plain", "thousand", "odd_large", "softcap_temperature", "padded_vocab", "wide", "branching", "confident",
-         "sibling", "minus_infinity", "none", "all_masked", "three_columns")
+_HALF = (
+    "plain",
+    "thousand",
+    "odd_large",
+    "softcap_temperature",
+    "padded_vocab",
+    "wide",
+    "branching",
+    "confident",
+    "sibling",
+    "minus_infinity",
+    "none",
+    "all_masked",
+    "three_columns",
+)
 ROW_CASES = _F32 + [
     replace(case, name=f"{case.name}_{name}", dtype=dtype)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
-    for case in _F32 if case.name in _HALF
+    for case in _F32
+    if case.name in _HALF
 ]
 
 
@@ -98,7 +118,11 @@ def make_logits(case: RowCase, device: str = "cpu") -> Tensor:
     B, L, V = case.B, case.L, case.V
     shape = {"wide": (B, L, V + 5), "shifted": (B, L + 1, V), "transposed": (L, B, V)}.get(case.layout, (B, L, V))
     base = (torch.randn(shape) * case.scale).to(case.dtype).to(device)
-    view = {"wide": lambda: base[..., 3:-2], "shifted": lambda: base[:, :-1], "transposed": lambda: base.transpose(0, 1)}
+    view = {
+        "wide": lambda: base[..., 3:-2],
+        "shifted": lambda: base[:, :-1],
+        "transposed": lambda: base.transpose(0, 1),
+    }
     return view.get(case.layout, lambda: base)()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def step_logps(logits: Tensor, given: Predictions, case: RowCase) -> Tensor:
-    """logits (B, L, V) or (T, V) -> (S,) or (N,). Compute is fp64 for fp64, else fp32 after the logits, as eager code has it."""
+    """logits (B, L, V) or (T, V) -> (S,) or (N,), fp64 for fp64, else fp32 after the logits, as eager code has it."""
     flat = logits.reshape(-1, case.V)[given.rows]
     z = flat[:, : case.vocab_size or case.V]
     z = z if z.dtype == torch.float64 else z.float()

@@ -30,7 +30,15 @@ F32 = [
     RowCase("padded_vocab", V=129, vocab_size=127, bias=True),
     RowCase("shifted", layout="shifted"),
     RowCase("branching", predictions="branching", scored=1.0, bias=True),
-    RowCase("branching_softcap", predictions="branching", softcap=4.0, temperature=0.9, scale=3.0, reduction="mean", bias=True),
+    RowCase(
+        "branching_softcap",
+        predictions="branching",
+        softcap=4.0,
+        temperature=0.9,
+        scale=3.0,
+        reduction="mean",
+        bias=True,
+    ),
     RowCase("branching_none", predictions="branching", reduction="none"),
     RowCase("confident", special="confident", predictions="branching", reduction="none"),
     RowCase("sibling", special="sibling", predictions="branching", L=40),
@@ -41,9 +49,25 @@ CASES = F32 + [
     replace(case, name=f"{case.name}_{name}", dtype=dtype)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
     for case in F32
-    if case.name in ("plain", "bias", "softcap_temperature", "branching", "confident", "sibling", "large_logits", "padded_vocab", "long")
+    if case.name
+    in (
+        "plain",
+        "bias",
+        "softcap_temperature",
+        "branching",
+        "confident",
+        "sibling",
+        "large_logits",
+        "padded_vocab",
+        "long",
+    )
 ]
-NEEDS = {"frozen": (True, False, False), "store": (True, True, True), "head": (False, True, False), "recompute": (True, True, True)}
+NEEDS = {
+    "frozen": (True, False, False),
+    "store": (True, True, True),
+    "head": (False, True, False),
+    "recompute": (True, True, True),
+}
 
 
 def make_head(case: RowCase, given):
@@ -92,8 +116,14 @@ def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: st
     unscored = torch.ones(case.B * case.L, dtype=torch.bool)
     unscored[given.rows] = False
     hidden[unscored.view(case.B, case.L)] = torch.nan  # never read, so never seen
-    ours = run((hidden, *tensors[1:]), NEEDS[mode], upstream, lambda h, w, b: sk.linear_step_logps(
-        h, w, plan, bias=b, backend=backend, logits_budget_mb=budget, **case.options))
+    ours = run(
+        (hidden, *tensors[1:]),
+        NEEDS[mode],
+        upstream,
+        lambda h, w, b: sk.linear_step_logps(
+            h, w, plan, bias=b, backend=backend, logits_budget_mb=budget, **case.options
+        ),
+    )
     assert_accurate(ours[0], eager[0], exact[0], what="out")
     for what, a, b, c in zip(("first", "second", "third"), ours[1], eager[1], exact[1], strict=False):
         assert_accurate(a, b, c, what=f"{what} gradient")
@@ -109,7 +139,9 @@ def test_tensor_form_equals_plan_form(backend: str, device: str) -> None:
     for shift in (0, 1):
         plan = sk.StepPlan.from_step_ids(labels, step_ids, shift=shift, num_steps=S)
         for reduction in ("sum", "mean", "none"):
-            out = sk.linear_step_logps(hidden, weight, labels, step_ids, shift=shift, num_steps=S, reduction=reduction, backend=backend)
+            out = sk.linear_step_logps(
+                hidden, weight, labels, step_ids, shift=shift, num_steps=S, reduction=reduction, backend=backend
+            )
             expected = sk.linear_step_logps(hidden, weight, plan, reduction=reduction, backend=backend)
             if reduction == "none":
                 scored = (labels != -100) & (step_ids >= 0)
@@ -127,13 +159,23 @@ def test_modes_agree_and_chunks_do_not_show(rows: int) -> None:
     """Store, half store and recompute, one chunk and many: the same values and gradients to rounding."""
     V, S = 301, 7
     hidden, weight, bias = torch.randn(rows, D), torch.randn(V, D), torch.randn(V)
-    plan = sk.StepPlan.from_predictions(torch.arange(rows), torch.randint(0, V, (rows,)), torch.randint(0, S, (rows,)), S)
+    plan = sk.StepPlan.from_predictions(
+        torch.arange(rows), torch.randint(0, V, (rows,)), torch.randint(0, S, (rows,)), S
+    )
     upstream = torch.randn(S)
     results = []
     for budget in (512, 100 * V * 4 / 2**20, 1e-6):
-        results.append(run((hidden, weight, bias), (True, True, True), upstream, lambda h, w, b, m=budget: sk.linear_step_logps(
-            h, w, plan, bias=b, logits_budget_mb=m)))
-    frozen = run((hidden, weight, bias), (True, False, False), upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b))
+        results.append(
+            run(
+                (hidden, weight, bias),
+                (True, True, True),
+                upstream,
+                lambda h, w, b, m=budget: sk.linear_step_logps(h, w, plan, bias=b, logits_budget_mb=m),
+            )
+        )
+    frozen = run(
+        (hidden, weight, bias), (True, False, False), upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b)
+    )
     results.append((frozen[0], (frozen[1][0], *results[0][1][1:])))
     for other in results[1:]:
         torch.testing.assert_close(other[0], results[0][0], rtol=1e-5, atol=1e-5)
@@ -145,7 +187,13 @@ def test_mode_table() -> None:
     assert modes.mode(True, False, False, True) == "frozen"
     assert modes.mode(True, False, False, False) == "forward"
     assert modes.mode(False, False, False, True) == "forward"
-    for needs in ((True, True, False), (False, True, False), (True, False, True), (False, False, True), (True, True, True)):
+    for needs in (
+        (True, True, False),
+        (False, True, False),
+        (True, False, True),
+        (False, False, True),
+        (True, True, True),
+    ):
         assert modes.mode(*needs, True) == "store"
     assert modes.mode(True, False, False, True, entropy=True) == "store"
 
@@ -176,8 +224,10 @@ def test_gradcheck_of_the_reference(mode: str) -> None:
     tensors = [t.double().requires_grad_(need) for t, need in zip(make_head(case, given), NEEDS[mode], strict=True)]
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
     for softcap in (None, 3.0):
+
         def function(h, w, b, softcap=softcap):
             return sk.linear_step_logps(h, w, plan, bias=b, softcap=softcap, temperature=0.7, logits_budget_mb=1e-6)
+
         assert torch.autograd.gradcheck(function, tensors)
 
 
@@ -189,8 +239,10 @@ def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
     upstream = torch.randn(case.S)
     for needs in NEEDS.values():
-        first, again = (run(tensors, needs, upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b, backend=backend))
-                        for _ in range(2))
+        first, again = (
+            run(tensors, needs, upstream, lambda h, w, b: sk.linear_step_logps(h, w, plan, bias=b, backend=backend))
+            for _ in range(2)
+        )
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
@@ -214,8 +266,18 @@ def test_backward_twice_and_tied_weight(backend: str, device: str) -> None:
     torch.testing.assert_close(first, torch.autograd.grad(logp.square().sum(), weight)[0], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("argument", "value"), [
-    ("process_group", object()), ("lora_a", torch.zeros(1)), ("lora_b", torch.zeros(1)), ("lora_scaling", 2.0), ("return_entropy", True)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("process_group", object()),
+        ("lora_a", torch.zeros(1)),
+        ("lora_b", torch.zeros(1)),
+        ("lora_scaling", 2.0),
+        ("return_entropy", True),
+    ],
+)
 def test_what_waits_for_its_issue_raises(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"linear_step_logps: {argument} must be .*does not support it yet"):
-        sk.linear_step_logps(torch.randn(4, D), torch.randn(9, D), torch.zeros(4, dtype=torch.int64), shift=0, **{argument: value})
+        sk.linear_step_logps(
+            torch.randn(4, D), torch.randn(9, D), torch.zeros(4, dtype=torch.int64), shift=0, **{argument: value}
+        )

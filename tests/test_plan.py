@@ -68,28 +68,50 @@ def test_pad_to_adds_only_padding() -> None:
         plan.pad_to(4, 2, 3)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (dict(labels=[[1]], step_ids=[[0]], shift=None), TypeError, "shift must be given with labels: shift=1 when"),
-    (dict(labels=[[1]], step_ids=[[0]], shift=2), ValueError, "shift must be 0 or 1, got int 2"),
-    (dict(labels=[[1]], step_ids=[0], shift=0), ValueError, r"step_ids must be shaped like labels \(1, 1\), got \(1,\)"),
-    (dict(labels=[[[1]]], step_ids=None, shift=0), ValueError, r"labels must be \(B, L\) or \(T,\), got \(1, 1, 1\)"),
-    (dict(labels=[1.5], step_ids=[0], shift=0), TypeError, "labels must be integers"),
-    (dict(labels=[1], step_ids=[0.0], shift=0), TypeError, "step_ids must be integers"),
-    (dict(labels=[1], step_ids=[4], shift=0, num_steps=4), IndexError, "step_ids must be below num_steps = 4, got a step id of 4"),
-    (dict(labels=[1], step_ids=[0], shift=0, num_steps=-1), ValueError, "num_steps must be >= 0"),
-    (dict(labels=[-5], step_ids=[0], shift=0), IndexError, "labels must be >= 0, or -100 for not scored, got a label of -5"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(labels=[[1]], step_ids=[[0]], shift=None), TypeError, "shift must be given with labels: shift=1 when"),
+        (dict(labels=[[1]], step_ids=[[0]], shift=2), ValueError, "shift must be 0 or 1, got int 2"),
+        (
+            dict(labels=[[1]], step_ids=[0], shift=0),
+            ValueError,
+            r"step_ids must be shaped like labels \(1, 1\), got \(1,\)",
+        ),
+        (
+            dict(labels=[[[1]]], step_ids=None, shift=0),
+            ValueError,
+            r"labels must be \(B, L\) or \(T,\), got \(1, 1, 1\)",
+        ),
+        (dict(labels=[1.5], step_ids=[0], shift=0), TypeError, "labels must be integers"),
+        (dict(labels=[1], step_ids=[0.0], shift=0), TypeError, "step_ids must be integers"),
+        (
+            dict(labels=[1], step_ids=[4], shift=0, num_steps=4),
+            IndexError,
+            "step_ids must be below num_steps = 4, got a step id of 4",
+        ),
+        (dict(labels=[1], step_ids=[0], shift=0, num_steps=-1), ValueError, "num_steps must be >= 0"),
+        (
+            dict(labels=[-5], step_ids=[0], shift=0),
+            IndexError,
+            "labels must be >= 0, or -100 for not scored, got a label of -5",
+        ),
+    ],
+)
 def test_from_step_ids_refuses(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         sk.StepPlan.from_step_ids(**arguments)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (([0], [1, 2], [0], 1), ValueError, r"labels must be \(N,\) like rows \(1,\), got \(2,\)"),
-    (([-1], [1], [0], 1), IndexError, "rows must be >= 0, got a row of -1"),
-    (([0], [1], [1], 1), IndexError, "step_ids must be below num_steps = 1"),
-    (([0], [-2], [0], 1), IndexError, "got a label of -2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0], [1, 2], [0], 1), ValueError, r"labels must be \(N,\) like rows \(1,\), got \(2,\)"),
+        (([-1], [1], [0], 1), IndexError, "rows must be >= 0, got a row of -1"),
+        (([0], [1], [1], 1), IndexError, "step_ids must be below num_steps = 1"),
+        (([0], [-2], [0], 1), IndexError, "got a label of -2"),
+    ],
+)
 def test_from_predictions_refuses(arguments: tuple, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         sk.StepPlan.from_predictions(*arguments)

@@ -14,32 +14,62 @@ PLAN = sk.StepPlan.from_predictions([0, 5], [1, 2], [0, 0], 1)
 
 SHARED = [
     ("no_shift", dict(shift=None), TypeError, "shift must be given with labels: shift=1 when"),
-    ("labels_shape", dict(labels=Y[:3], step_ids=None), ValueError, r"labels must be shaped like the rows \(6,\), got \(3,\) int64 on cpu"),
+    (
+        "labels_shape",
+        dict(labels=Y[:3], step_ids=None),
+        ValueError,
+        r"labels must be shaped like the rows \(6,\), got \(3,\) int64 on cpu",
+    ),
     ("labels_dtype", dict(labels=Y.float()), TypeError, "labels must be an integer tensor, got .* float32"),
     ("labels_list", dict(labels=[0] * T), TypeError, "labels must be an integer tensor, got list"),
     ("label_range", dict(labels=Y + V), IndexError, f"labels must be below the vocabulary of {V}, got a label of {V}"),
-    ("label_negative", dict(labels=Y - 1), IndexError, r"labels must be in \[0, V\), or -100 for not scored, got a label of -1"),
+    (
+        "label_negative",
+        dict(labels=Y - 1),
+        IndexError,
+        r"labels must be in \[0, V\), or -100 for not scored, got a label of -1",
+    ),
     ("label_padding", dict(labels=Y + 9, vocab_size=9), IndexError, "below the vocabulary of 9, got a label of 9"),
     ("steps_shape", dict(step_ids=S[:2]), ValueError, r"step_ids must be shaped like labels \(6,\)"),
     ("steps_dtype", dict(step_ids=S.float()), TypeError, "step_ids must be an integer tensor"),
-    ("step_range", dict(step_ids=S + 4, num_steps=4), IndexError, "step_ids must be below num_steps = 4, got a step id of 4"),
+    (
+        "step_range",
+        dict(step_ids=S + 4, num_steps=4),
+        IndexError,
+        "step_ids must be below num_steps = 4, got a step id of 4",
+    ),
     ("num_steps", dict(num_steps=-1), ValueError, "num_steps must be >= 0, got int -1"),
     ("reduction", dict(reduction="max"), ValueError, "reduction must be one of 'sum', 'mean', 'none', got str 'max'"),
     ("temperature", dict(temperature=0.0), ValueError, "temperature must be > 0, got float 0.0"),
     ("softcap", dict(softcap=-1.0), ValueError, "softcap must be > 0"),
     ("vocab_size", dict(vocab_size=V + 1), ValueError, f"vocab_size must be between 0 and V = {V}"),
-    ("backend", dict(backend="fast"), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'"),
+    (
+        "backend",
+        dict(backend="fast"),
+        ValueError,
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'",
+    ),
     ("cuda_on_cpu", dict(backend="cuda"), RuntimeError, "backend 'cuda' cannot run this call: it runs on cuda tensors"),
     ("plan_and_shift", dict(labels=PLAN, step_ids=None), ValueError, "shift must be left out when a StepPlan is given"),
-    ("plan_rows", dict(labels=sk.StepPlan.from_predictions([T], [0], [0], 1), step_ids=None, shift=None), IndexError,
-     f"with {T} rows, got row {T}"),
-    ("plan_label", dict(labels=sk.StepPlan.from_predictions([0], [V], [0], 1), step_ids=None, shift=None), IndexError,
-     f"got a label of {V}"),
+    (
+        "plan_rows",
+        dict(labels=sk.StepPlan.from_predictions([T], [0], [0], 1), step_ids=None, shift=None),
+        IndexError,
+        f"with {T} rows, got row {T}",
+    ),
+    (
+        "plan_label",
+        dict(labels=sk.StepPlan.from_predictions([0], [V], [0], 1), step_ids=None, shift=None),
+        IndexError,
+        f"got a label of {V}",
+    ),
 ]
 
 
 @pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
-@pytest.mark.parametrize(("change", "error", "message"), [case[1:] for case in SHARED], ids=[case[0] for case in SHARED])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), [case[1:] for case in SHARED], ids=[case[0] for case in SHARED]
+)
 def test_shared_arguments(op: str, change: dict, error: type, message: str) -> None:
     arguments = {"labels": Y, "step_ids": S, "shift": 0, **change}
     first = (X,) if op == "step_logps" else (H, W)
@@ -47,26 +77,32 @@ def test_shared_arguments(op: str, change: dict, error: type, message: str) -> N
         getattr(sk, op)(*first, **arguments)
 
 
-@pytest.mark.parametrize(("logits", "error", "message"), [
-    (X.long(), TypeError, "logits must be a float32, bfloat16, float16 or float64 tensor, got .* int64"),
-    (torch.randn(V, T).t(), ValueError, r"logits must be contiguous in its last dimension, got strides \(1, 6\)"),
-    (torch.randn(T), ValueError, r"logits must be \(B, L, V\) or \(T, V\), got \(6,\)"),
-    (None, TypeError, "logits must be a float32, .* got None"),
-])
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (X.long(), TypeError, "logits must be a float32, bfloat16, float16 or float64 tensor, got .* int64"),
+        (torch.randn(V, T).t(), ValueError, r"logits must be contiguous in its last dimension, got strides \(1, 6\)"),
+        (torch.randn(T), ValueError, r"logits must be \(B, L, V\) or \(T, V\), got \(6,\)"),
+        (None, TypeError, "logits must be a float32, .* got None"),
+    ],
+)
 def test_logits(logits, error: type, message: str) -> None:
     with pytest.raises(error, match=f"step_logps: {message}"):
         sk.step_logps(logits, Y, shift=0)
 
 
-@pytest.mark.parametrize(("hidden", "weight", "bias", "error", "message"), [
-    (H.long(), W, None, TypeError, "hidden must be a float32"),
-    (H, W[:, :3].contiguous(), None, ValueError, r"weight must be \(V, D\) with D = 8 like hidden, got \(11, 3\)"),
-    (H, W.double(), None, TypeError, "weight must be torch.float32 like hidden"),
-    (H, W.t(), None, ValueError, "weight must be contiguous in its last dimension"),
-    (H, W, torch.randn(3), ValueError, r"bias must be \(V,\) = \(11,\), got \(3,\)"),
-    (H, W.to("meta"), None, ValueError, "weight must be on cpu like hidden, got .* on meta"),
-    (H[0], W, None, ValueError, r"hidden must be \(B, L, D\) or \(T, D\)"),
-])
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias", "error", "message"),
+    [
+        (H.long(), W, None, TypeError, "hidden must be a float32"),
+        (H, W[:, :3].contiguous(), None, ValueError, r"weight must be \(V, D\) with D = 8 like hidden, got \(11, 3\)"),
+        (H, W.double(), None, TypeError, "weight must be torch.float32 like hidden"),
+        (H, W.t(), None, ValueError, "weight must be contiguous in its last dimension"),
+        (H, W, torch.randn(3), ValueError, r"bias must be \(V,\) = \(11,\), got \(3,\)"),
+        (H, W.to("meta"), None, ValueError, "weight must be on cpu like hidden, got .* on meta"),
+        (H[0], W, None, ValueError, r"hidden must be \(B, L, D\) or \(T, D\)"),
+    ],
+)
 def test_head(hidden, weight, bias, error: type, message: str) -> None:
     with pytest.raises(error, match=f"linear_step_logps: {message}"):
         sk.linear_step_logps(hidden, weight, Y, shift=0, bias=bias)

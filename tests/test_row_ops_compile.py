@@ -56,7 +56,9 @@ def test_inductor_with_ignored_rows_equals_eager(op: str, dynamic: bool) -> None
     ours, eager = torch.compile(call, fullgraph=True, dynamic=dynamic)(inputs, rest), call(inputs, rest)
     torch.testing.assert_close(ours, eager)
     upstream = torch.randn_like(eager)
-    for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(eager, inputs, upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(eager, inputs, upstream), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -73,7 +75,11 @@ def test_opcheck_of_the_raw_ops(backend: str, device: str) -> None:
     torch.library.opcheck(torch.ops.svpo.step_logps_bwd, bwd)
     torch.library.opcheck(torch.ops.svpo.step_logps_bwd_, bwd)
     hidden, weight = torch.randn(case.B, case.L, D), torch.randn(V, D)
-    for mode, needs in (("forward", (False, False, False)), ("frozen", (True, False, False)), ("store", (True, True, False))):
+    for mode, needs in (
+        ("forward", (False, False, False)),
+        ("frozen", (True, False, False)),
+        ("store", (True, True, False)),
+    ):
         options = (V, 1.0, 0.0, "sum", 1.0, mode)
         fwd = (hidden, weight, None, list(plan.tensors), *options, backend)
         torch.library.opcheck(torch.ops.svpo.linear_step_logps_fwd, fwd)

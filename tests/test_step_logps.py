@@ -44,7 +44,7 @@ def test_values_and_gradients(case: RowCase, backend: str, device: str) -> None:
     assert_accurate(ours[1], eager[1], exact[1], what="gradient of logits")
     assert (ours[0] <= 0).all() or case.reduction != "none" or case.special == "inf"
     if case.vocab_size:
-        assert (ours[1][..., case.vocab_size:] == 0).all()
+        assert (ours[1][..., case.vocab_size :] == 0).all()
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -52,7 +52,9 @@ def test_log_probs_never_exceed_zero(backend: str, device: str) -> None:
     for V in (1, 2, 7, 300):
         logits = torch.zeros(400, V)
         logits[:, 0] = torch.linspace(0, 40, 400)
-        plan = sk.StepPlan.from_predictions(torch.arange(400), torch.zeros(400, dtype=torch.int64), torch.arange(400), 400)
+        plan = sk.StepPlan.from_predictions(
+            torch.arange(400), torch.zeros(400, dtype=torch.int64), torch.arange(400), 400
+        )
         out = sk.step_logps(logits, plan, backend=backend)
         assert (out <= 0).all()
         if V == 1:
@@ -146,7 +148,7 @@ def test_padded_plan_gives_the_same(backend: str, device: str) -> None:
     for reduction in ("sum", "mean", "none"):
         out, wide = (sk.step_logps(logits, p, reduction=reduction, backend=backend) for p in (plan, padded))
         torch.testing.assert_close(wide[: out.shape[0]], out, rtol=0, atol=0)
-        assert (wide[out.shape[0]:] == 0).all()
+        assert (wide[out.shape[0] :] == 0).all()
         upstream = torch.randn_like(wide)
         ours = torch.autograd.grad(wide, logits, upstream)[0]
         expected = torch.autograd.grad(out, logits, upstream[: out.shape[0]])[0]
@@ -185,8 +187,10 @@ def test_gradcheck_of_the_reference() -> None:
     plan = plan_of(given, case)
     for reduction in ("sum", "mean", "none"):
         for softcap in (None, 3.0):
+
             def function(x, reduction=reduction, softcap=softcap):
                 return sk.step_logps(x, plan, reduction=reduction, softcap=softcap, temperature=0.7)
+
             assert torch.autograd.gradcheck(function, logits)
 
 

@@ -1,7 +1,7 @@
 """Log-probs of steps from hidden states and lm_head: reference -> modes -> products -> cpu -> this file.
 
-The (T, V) logits are never made: scored rows are gathered, the products run in chunks, and all that lies between them is
-one pass of a kernel over the chunk.
+The (T, V) logits are never made: scored rows are gathered, the products run in chunks, and all that lies between them
+is one pass of a kernel over the chunk.
 """
 
 from __future__ import annotations
@@ -33,13 +33,23 @@ class Options(NamedTuple):
 # -- raw ops ----------------------------------------------------------------------------------------------------------
 
 
-def _check_fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int, *_: Any) -> None:
+def _check_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int, *_: Any
+) -> None:
     check_bounds("linear_step_logps", PlanTensors(*plan), hidden.shape[0] * hidden.shape[1], vocab_size, "hidden")
 
 
 def _fake_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int, temperature: float,
-    softcap: float, reduction: str, logits_budget_mb: float, mode: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    logits_budget_mb: float,
+    mode: str,
 ) -> tuple[Tensor, ...]:
     rows, labels = PlanTensors(*plan).rows, PlanTensors(*plan).labels
     kept = modes.budget(vocab_size, hidden.element_size(), logits_budget_mb, hidden.device.type, mode).kept
@@ -59,7 +69,8 @@ def _fake_bwd(grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, "
 _OPTIONS = (
-    "Tensor[] plan, SymInt vocab_size, float temperature, float softcap, str reduction, float logits_budget_mb, str mode, "
+    "Tensor[] plan, SymInt vocab_size, float temperature, float softcap, str reduction, "
+    "float logits_budget_mb, str mode, "
 )
 dispatch.define(
     __name__,
@@ -81,8 +92,9 @@ dispatch.define(
 
 class _LinearStepLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, backend: str,
-                *plan: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, backend: str, *plan: Tensor
+    ) -> Tensor:
         out, *kept = torch.ops.svpo.linear_step_logps_fwd(hidden, weight, bias, list(plan), *options, backend)
         ctx.save_for_backward(hidden, weight, bias, *kept, *plan)
         ctx.options, ctx.backend = options, backend
@@ -94,8 +106,19 @@ class _LinearStepLogps(torch.autograd.Function):
         hidden, weight, bias, logp, row_max, row_logsum, label_z0, saved, *plan = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = torch.ops.svpo.linear_step_logps_bwd(
-            grad_out.contiguous(), hidden, weight, bias, logp, row_max, row_logsum, label_z0, saved, plan, *ctx.options,
-            *needs, ctx.backend,
+            grad_out.contiguous(),
+            hidden,
+            weight,
+            bias,
+            logp,
+            row_max,
+            row_logsum,
+            label_z0,
+            saved,
+            plan,
+            *ctx.options,
+            *needs,
+            ctx.backend,
         )
         given = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return *given, None, None, *(None for _ in plan)
@@ -158,9 +181,13 @@ def linear_step_logps(
     upstream factored out of the unit gradient so that it can be applied after the product.
     """
     op = "linear_step_logps"
-    for name, value, default in (("process_group", process_group, None), ("lora_a", lora_a, None),
-                                 ("lora_b", lora_b, None), ("lora_scaling", lora_scaling, 1.0),
-                                 ("return_entropy", return_entropy, False)):
+    for name, value, default in (
+        ("process_group", process_group, None),
+        ("lora_a", lora_a, None),
+        ("lora_b", lora_b, None),
+        ("lora_scaling", lora_scaling, 1.0),
+        ("return_entropy", return_entropy, False),
+    ):
         if value is not default and value != default:
             fail(op, name, f"{default} (this version does not support it yet)", value)
     require_float(op, "hidden", hidden)
@@ -203,7 +230,9 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
         require_shape(op, "bias", bias, (weight.shape[0],), "(V,)")
 
 
-def _compact(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device) -> PlanTensors:
+def _compact(
+    labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device
+) -> PlanTensors:
     """The tensor form without its unscored rows, so that no product is spent on them."""
     labels, step_ids = (None if t is None else t.to(device) for t in (labels, step_ids))
     return PlanTensors(*torch.ops.svpo.compact_plan(labels, step_ids, shift, num_steps))

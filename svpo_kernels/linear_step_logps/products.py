@@ -17,7 +17,7 @@ from . import modes
 
 
 class RowKernels(NamedTuple):
-    """What a backend brings. `h` is (R, D), the gathered hidden rows; `z` a chunk (c, V) of products, from `first_row` on.
+    """What a backend brings. `h` is (R, D), the gathered hidden rows; `z` a chunk (c, V) of products from `first_row` on.
 
     Every float vector is fp32. `logp` and `label_z0` are (N,), `row_max` and `row_logsum` (R,): whole, not per chunk.
     l* of a row is its most probable distinct label (ties: the first). Options are (temperature, softcap).
@@ -28,11 +28,13 @@ class RowKernels(NamedTuple):
     # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit) -> None
     #   fills logp, row_max, row_logsum of these rows; with write_unit z becomes U; a padding row: logp 0 and U 0
     rows_fwd: Callable[..., None]
-    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap) -> None: z becomes U, bitwise as above
+    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap) -> None
+    #   z becomes U, bitwise as above
     rows_unit: Callable[..., None]
     # (logp, plan, reduction) -> (S,) or (N,)
     reduce_steps: Callable[..., Tensor]
-    # (grad_out, plan, reduction) -> g (N,), G (R,): upstreams, equal (row, label) merged into the first (others 0), and row sums
+    # (grad_out, plan, reduction) -> g (N,), G (R,)
+    #   upstreams, equal (row, label) merged into the first (others 0), and their sum per row
     row_grads: Callable[..., tuple[Tensor, Tensor]]
     # (uw, weight, label_z0, logp, g, G, plan, first_row, temperature, softcap) -> rows of dHidden in uw's dtype:
     #   G uw + sum_n g_n (J[l_n] W[l_n] - J[l*] W[l*])
@@ -43,8 +45,17 @@ class RowKernels(NamedTuple):
 
 
 def forward(
-    kernels: RowKernels, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int,
-    temperature: float, softcap: float, reduction: str, logits_budget_mb: float, mode: str,
+    kernels: RowKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    logits_budget_mb: float,
+    mode: str,
 ) -> tuple[Tensor, ...]:
     """Returns out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,), label_z0 (N,) and what the mode keeps."""
     view = PlanTensors(*plan)
@@ -70,10 +81,26 @@ def forward(
 
 
 def backward(
-    kernels: RowKernels, grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logp: Tensor,
-    row_max: Tensor, row_logsum: Tensor, label_z0: Tensor, saved: Tensor, plan: list[Tensor], vocab_size: int,
-    temperature: float, softcap: float, reduction: str, logits_budget_mb: float, mode: str, needs_hidden: bool,
-    needs_weight: bool, needs_bias: bool,
+    kernels: RowKernels,
+    grad_out: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    row_max: Tensor,
+    row_logsum: Tensor,
+    label_z0: Tensor,
+    saved: Tensor,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    logits_budget_mb: float,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; a tensor of size 0 for one that is not needed."""
     view = PlanTensors(*plan)
@@ -113,8 +140,9 @@ def backward(
 class HeadGradient:
     """dW (V, D) and db (V,): written by one product when all U is held, else summed over chunks in fp32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, needs_weight: bool, needs_bias: bool,
-                 single: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, vocab_size: int, needs_weight: bool, needs_bias: bool, single: bool
+    ) -> None:
         self.weight, self.bias, self.V = weight, bias, vocab_size
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dtype = weight.dtype if single else wide
@@ -141,8 +169,17 @@ class HeadGradient:
             for start, stop in modes.chunks(0, self.V, 8192):  # fp32 sums without an fp32 copy of U
                 self.dbias[start:stop] += torch.mv(unit[:, start:stop].to(self.dbias.dtype).t(), G.to(self.dbias.dtype))
 
-    def branch(self, kernels: RowKernels, h: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor, view: PlanTensors,
-               temperature: float, softcap: float) -> None:
+    def branch(
+        self,
+        kernels: RowKernels,
+        h: Tensor,
+        label_z0: Tensor,
+        logp: Tensor,
+        g: Tensor,
+        view: PlanTensors,
+        temperature: float,
+        softcap: float,
+    ) -> None:
         if self.dweight is not None and self.untouched:
             self.dweight.zero_()
         kernels.branch_weight(self.dweight, self.dbias, h, label_z0, logp, g, view, temperature, softcap)

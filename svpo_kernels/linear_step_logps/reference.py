@@ -23,8 +23,16 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def linear_step_logps_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int, temperature: float,
-    softcap: float, reduction: str, logits_budget_mb: float, mode: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    logits_budget_mb: float,
+    mode: str,
 ) -> tuple[Tensor, ...]:
     """hidden (B, L, D), weight (V, D), bias (V,) or None. Nothing is kept: what the mode would keep stays zero."""
     view = PlanTensors(*plan)
@@ -37,15 +45,32 @@ def linear_step_logps_fwd(
 
 
 def linear_step_logps_bwd(
-    grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logp: Tensor, row_max: Tensor,
-    row_logsum: Tensor, label_z0: Tensor, saved: Tensor, plan: list[Tensor], vocab_size: int, temperature: float,
-    softcap: float, reduction: str, logits_budget_mb: float, mode: str, needs_hidden: bool, needs_weight: bool,
+    grad_out: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    row_max: Tensor,
+    row_logsum: Tensor,
+    label_z0: Tensor,
+    saved: Tensor,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    logits_budget_mb: float,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each in its dtype; a tensor of size 0 for one that is not needed."""
     view = PlanTensors(*plan)
     h = gather_rows(hidden, view.rows)
-    drows = row_gradient(grad_out, logits(h, weight, bias, vocab_size), view, vocab_size, temperature, softcap, reduction)
+    drows = row_gradient(
+        grad_out, logits(h, weight, bias, vocab_size), view, vocab_size, temperature, softcap, reduction
+    )
     drows = drows.to(h.dtype)
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     if needs_hidden:

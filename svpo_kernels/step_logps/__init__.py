@@ -175,16 +175,21 @@ def step_logps(
         fail(op, "logits", "(B, L, V) or (T, V)", logits)
     options = check_options(op, logits.shape[-1], vocab_size, temperature, softcap, reduction)
     if inplace_backward and logits.requires_grad and (logits.is_leaf or logits._is_view()):
-        fail(op, "logits", "neither a leaf nor a view with inplace_backward=True (its memory is overwritten)",
-             "a leaf" if logits.is_leaf else "a view")
+        fail(
+            op,
+            "logits",
+            "neither a leaf nor a view with inplace_backward=True (its memory is overwritten)",
+            "a leaf" if logits.is_leaf else "a view",
+        )
     plan = as_plan(op, logits, labels, step_ids, shift, num_steps, _dense)
     batched = logits if logits.dim() == 3 else logits.unsqueeze(0)
     out = _StepLogps.apply(batched, options, inplace_backward, backend, *plan)
     return out.view(labels.shape) if reduction == "none" and isinstance(labels, Tensor) else out
 
 
-def check_options(op: str, V: int, vocab_size: int | None, temperature: float, softcap: float | None,
-                  reduction: str) -> Options:
+def check_options(
+    op: str, V: int, vocab_size: int | None, temperature: float, softcap: float | None, reduction: str
+) -> Options:
     """What `step_logps` and `linear_step_logps` share."""
     require_choice(op, "reduction", reduction, REDUCTIONS)
     require_positive(op, "temperature", temperature)
@@ -197,9 +202,16 @@ def check_options(op: str, V: int, vocab_size: int | None, temperature: float, s
     return Options(vocab_size, float(temperature), float(softcap or 0.0), reduction)
 
 
-def as_plan(op: str, source: Tensor, labels: Tensor | StepPlan, step_ids: Tensor | None, shift: int | None,
-            num_steps: int | None, build: Callable[..., PlanTensors]) -> PlanTensors:
-    """The plan of a call: the one given, or what `build` makes of the tensor form, on the device of `source` (..., X)."""
+def as_plan(
+    op: str,
+    source: Tensor,
+    labels: Tensor | StepPlan,
+    step_ids: Tensor | None,
+    shift: int | None,
+    num_steps: int | None,
+    build: Callable[..., PlanTensors],
+) -> PlanTensors:
+    """The plan of a call: the one given, or what `build` makes of the tensor form, on the device of `source`."""
     if isinstance(labels, StepPlan):
         for name, value in (("step_ids", step_ids), ("shift", shift), ("num_steps", num_steps)):
             if value is not None:
@@ -219,7 +231,9 @@ def as_plan(op: str, source: Tensor, labels: Tensor | StepPlan, step_ids: Tensor
     return build(labels, step_ids, shift, num_steps, source.device)
 
 
-def _dense(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device) -> PlanTensors:
+def _dense(
+    labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device
+) -> PlanTensors:
     """The tensor form as it stands, unscored rows included: nothing is read when num_steps is known."""
     if num_steps is None:
         num_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0

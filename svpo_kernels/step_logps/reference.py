@@ -19,8 +19,9 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def step_logps_fwd(logits: Tensor, plan: list[Tensor], vocab_size: int, temperature: float, softcap: float,
-                   reduction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def step_logps_fwd(
+    logits: Tensor, plan: list[Tensor], vocab_size: int, temperature: float, softcap: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits (B, L, V) -> out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,) = log sum exp(z - row_max)."""
     view = PlanTensors(*plan)
     z = transform(gather_rows(logits.reshape(-1, logits.shape[-1]), view), vocab_size, temperature, softcap)
@@ -28,9 +29,19 @@ def step_logps_fwd(logits: Tensor, plan: list[Tensor], vocab_size: int, temperat
     return reduce_steps(logp, view, reduction), logp, *row_statistics(z)
 
 
-def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-                   plan: list[Tensor], vocab_size: int, temperature: float, softcap: float, reduction: str,
-                   inplace: bool = False) -> Tensor:
+def step_logps_bwd(
+    grad_out: Tensor,
+    logits: Tensor,
+    logp: Tensor,
+    row_max: Tensor,
+    row_logsum: Tensor,
+    plan: list[Tensor],
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+    inplace: bool = False,
+) -> Tensor:
     """The gradient of logits (B, L, V); written over the logits when `inplace`."""
     view = PlanTensors(*plan)
     rows = gather_rows(logits.reshape(-1, logits.shape[-1]), view)
@@ -43,9 +54,16 @@ def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tens
     return grad
 
 
-def row_gradient(grad_out: Tensor, rows: Tensor, plan: PlanTensors, vocab_size: int, temperature: float,
-                 softcap: float, reduction: str) -> Tensor:
-    """(R, V) gradient of gathered logits: J * (sum of g_n onehot(l_n) - G softmax(z)), J = dz/dlogits, G = sum of g_n."""
+def row_gradient(
+    grad_out: Tensor,
+    rows: Tensor,
+    plan: PlanTensors,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    reduction: str,
+) -> Tensor:
+    """(R, V) gradient of gathered logits: J (sum of g_n onehot(l_n) - G softmax(z)), J = dz/dlogits, G = sum of g_n."""
     z = transform(rows, vocab_size, temperature, softcap)
     row, scored = row_of_prediction(plan)
     grad = z.new_zeros(rows.shape)
@@ -118,6 +136,8 @@ def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
     # Padding sorts behind the last step: it falls into one step more, which is dropped.
     step = torch.repeat_interleave(
         torch.arange(S + 1, device=logp.device),
-        torch.cat([counts, (logp.shape[0] - plan.step_start[-1]).unsqueeze(0)]), output_size=logp.shape[0])
+        torch.cat([counts, (logp.shape[0] - plan.step_start[-1]).unsqueeze(0)]),
+        output_size=logp.shape[0],
+    )
     total = logp.new_zeros(S + 1).index_add(0, step, logp[plan.step_order])[:S]
     return total / counts.clamp_min(1) if reduction == "mean" else total
