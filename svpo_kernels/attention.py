@@ -176,7 +176,8 @@ def _layers_reason(model: nn.Module, config: Any) -> str | None:
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             return f"{name} is of type 'conv' ({type(module).__name__}): {WHY_NOT['conv']}"
         if any(part in type(module).__name__ for part in STATEFUL):
-            return f"{name} is of type 'linear_attention' ({type(module).__name__}): {WHY_NOT['linear_attention']}"
+            kind = type(module).__name__
+            return f"{name or kind} is of type 'linear_attention' ({kind}): {WHY_NOT['linear_attention']}"
     if "sliding_attention" in layer_windows(config):
         code = sys.modules[type(decoder(model)).__module__]
         if not hasattr(code, "create_sliding_window_causal_mask"):
@@ -214,6 +215,6 @@ def _rope_reason(config: Any, shortest: int, longest: int) -> str | None:
         limit = limit or config.max_position_embeddings
         unequal = shortest <= limit if kind == "longrope" else kind == "dynamic" and shortest < longest
         if longest > limit and unequal:
-            return (f"the RoPE of {layer} attention layer is of type {kind!r}: above {limit} positions it depends on "
-                    f"the length of the run, and the paths have {shortest} to {longest} tokens")
+            return (f"the RoPE of {layer} layer is of type {kind!r}: above {limit} positions it depends on the length "
+                    f"of the run, and the paths have {shortest} to {longest} tokens")
     return None

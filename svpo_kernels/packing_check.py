@@ -110,7 +110,8 @@ def _where(model: nn.Module, packed: dict[str, Any], alone: dict[str, Any], padd
            path: Tensor) -> str:
     """The first layer whose output differs, with its type."""
     runs = [_hidden(model, inputs, every=True) for inputs in (packed, alone, padded)]
-    types = getattr(text_config(model), "layer_types", None) or []
+    config = text_config(model)
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
     layers = getattr(decoder(model), "layers", None) or getattr(decoder(model), "h", None) or ()
     for i, (p, a, n) in enumerate(zip(*runs, strict=True)):
         error, allowed = _judge(model, p[0, path], a[0], n[0], FLOOR[_run_dtype(a)])

@@ -78,8 +78,8 @@ def _tokenize(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]
     """One joint tokenisation per text; special tokens in front stay, those that go behind a text (an EOS) are cut."""
     paths = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
     if special:
-        mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        behind = mask[::-1].index(0)
+        probe = tokenizer(max(texts, key=len), return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
+        behind = probe[::-1].index(0) if 0 in probe else 0
         paths = [path[:len(path) - behind] for path in paths]
     return [list(path) for path in paths]
 

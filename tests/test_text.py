@@ -1,0 +1,181 @@
+"""tree_from_text: every path is, id by id, what the tokenizer makes of its text."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import pytest
+import tiny_trees
+import tokenizers_
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import svpo_kernels as sk
+from svpo_kernels import StepNode, tree_from_text
+
+STYLES = ["qwen-chat", "qwen-raw", "gpt2", "sp-bpe", "sp-unigram"]
+SEPARATORS = ["", " ", "\n", "\n\n"]
+# Text whose pieces merge across borders: blanks, digits, punctuation, marks that combine, bytes of one character.
+PIECES = ["the", " sum", "  ", "\n", "\n\n", " \n", "12", "3", "4.5", "x^2", "\\(", "\\)", "=", " =", "'s", "é", "中文",
+          "e\u0301", "🙂", "\t", "So", " so", ".", "...", "a", "b", "ab", "t", "he"]
+
+
+@functools.cache
+def tokenizer_of(style, corpus):
+    return tokenizers_.styles(list(corpus))[style]
+
+
+def corpus():
+    rng = random.Random(0)
+    return tuple("".join(rng.choices(PIECES, k=60)) for _ in range(40))
+
+
+def random_nodes(rng, count):
+    nodes = []
+    for i in range(count):
+        nodes.append(StepNode(rng.randrange(-1, i), text="".join(rng.choices(PIECES, k=rng.randint(1, 5)))))
+    parents = {node.parent for node in nodes}
+    for i, node in enumerate(nodes):
+        node.terminal, node.q_value = i not in parents and rng.random() < 0.5, round(rng.uniform(-1, 1), 2)
+    return nodes
+
+
+def text_of(tokenizer, prompt, nodes, i, separator, end):
+    """The whole text of a path, and how the tokenizer is called for it: an independent statement of the contract."""
+    steps = []
+    while i != -1:
+        steps.append(nodes[i].text + end + separator)
+        i = nodes[i].parent
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return prompt + "".join(reversed(steps))
+
+
+def ids_of(tokenizer, text, terminal):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokenizer.chat_template and tokenizer.bos_token == "<s>":
+        ids = [tokenizer.bos_token_id, *ids]
+    return ids + [tokenizer.eos_token_id] if terminal else ids
+
+
+def check(tokenizer, prompt, nodes, separator, end):
+    tree = tree_from_text(tokenizer, prompt, nodes, step_separator=separator, step_end=end)
+    for i, node in enumerate(nodes):
+        assert tree.path(i) == ids_of(tokenizer, text_of(tokenizer, prompt, nodes, i, separator, end), node.terminal)
+        siblings = tree.roots if node.parent == -1 else tree.children[node.parent]
+        parent = tree.path(node.parent)
+        starts = {tree.start[s] for s in siblings}
+        longest = next(k for k in range(len(parent), -1, -1) if all(tree.path(s)[:k] == parent[:k] for s in siblings))
+        assert starts == {longest}
+    return tree
+
+
+def check_pack(tree, batch):
+    """Every step of the pack: its path, read off subtree_end, is the tree's; its value is read at its last token."""
+    ids, depth = batch.input_ids[0], batch.position_ids[0]
+    for (_, node), row in zip(batch.node_of_step.tolist(), batch.value_positions.tolist(), strict=True):
+        path = [k for k in range(row + 1) if row < batch.subtree_end[k]]
+        assert ids[path].tolist() == tree.path(node)
+        assert depth[path].tolist() == list(range(tree.length[node]))
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+@pytest.mark.parametrize("style", STYLES)
+def test_every_path_is_the_tokenizers_output(style, separator):
+    tokenizer = tokenizer_of(style, corpus())
+    rng = random.Random(f"{style}{separator}")
+    for _ in range(4):
+        nodes = random_nodes(rng, 25)
+        tree = check(tokenizer, "What is 12+3?", nodes, separator, rng.choice(["", "<eos>", " ki"]))
+        everything = [list(range(len(nodes)))]
+        for max_tokens in (10**6, max(tree.length) * 2):
+            batches = sk.pack_trees([tree], [[]], max_tokens=max_tokens, values="all", sft=everything)
+            for batch in batches:
+                check_pack(tree, batch)
+            assert sum(len(batch.sft_steps) for batch in batches) == len(nodes)
+
+
+@pytest.mark.parametrize("separator", ["", "\n\n"])
+@pytest.mark.parametrize("style", STYLES)
+def test_real_trees(shared_data, style, separator):
+    rows = tiny_trees.real_texts(shared_data / "aps_trees.jsonl")
+    tokenizer = tokenizer_of(style, tuple(tiny_trees.all_texts(rows)))
+    prompt, nodes = rows[2]
+    tree = check(tokenizer, prompt, nodes, separator, "")
+    check_pack(tree, *sk.pack_trees([tree], [sk.select_pairs(tree, "all")], max_tokens=10**6, values="all"))
+
+
+@pytest.mark.parametrize("style", ["gpt2", "sp-bpe"])
+def test_the_random_texts_merge_across_borders(style):
+    tokenizer, rng = tokenizer_of(style, corpus()), random.Random(1)
+    trees = [tree_from_text(tokenizer, "Q", random_nodes(rng, 25), step_separator="") for _ in range(5)]
+    assert sum(tree.start[i] < tree.length[n.parent] for tree in trees for i, n in enumerate(tree.nodes)
+               if n.parent >= 0) > 20
+
+
+def test_a_child_may_start_before_its_parent_does():
+    """With the merges (h, e) and (t, he), the third step takes back tokens of both steps before it."""
+    merges = [("h", "e"), ("t", "he")]
+    vocab = {token: i for i, token in enumerate(["x", "t", "h", "e", "he", "the"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=merges)))
+    nodes = [StepNode(-1, text="t"), StepNode(0, text="h"), StepNode(1, text="e"), StepNode(1, text="x")]
+    tree = tree_from_text(tokenizer, "x", nodes, step_separator="")
+    assert [tree.path(i) for i in range(4)] == [[0, 1], [0, 1, 2], [0, 5], [0, 1, 2, 0]]
+    assert tree.start == [1, 2, 1, 1]
+    batch, = sk.pack_trees([tree], [[[2, 3]]], max_tokens=9, values="all", sft=[[0, 1]])
+    check_pack(tree, batch)
+    assert batch.plan.counts[batch.pairs[0]].tolist() == [1, 3]
+
+
+def test_eos_follows_terminal_steps_only():
+    tokenizer = tokenizer_of("gpt2", corpus())
+    nodes = [StepNode(-1, text="the sum", terminal=True), StepNode(-1, text="12")]
+    with_eos = tree_from_text(tokenizer, "a", nodes)
+    without = tree_from_text(tokenizer, "a", nodes, eos=False)
+    assert with_eos.path(0) == [*without.path(0), tokenizer.eos_token_id] and with_eos.path(1) == without.path(1)
+    assert tokenizer.decode(without.path(0)) == "athe sum\n\n"
+
+
+def test_fields_survive_and_mappings_and_messages_will_do():
+    tokenizer = tokenizer_of("qwen-chat", corpus())
+    node = dict(parent=-1, text="the sum", q_value=0.5, visits=3.0, prior=0.2, ref_logp=-1.5, terminal=True)
+    tree = tree_from_text(tokenizer, [dict(role="system", content="a"), dict(role="user", content="b")], [node])
+    made = tree.nodes[0]
+    assert {name: getattr(made, name) for name in node} == node
+    assert tokenizer.decode(tree.prompt_ids).endswith("<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_ids_of_special_tokens_put_behind_a_text_are_cut():
+    tokenizer = tokenizer_of("sp-unigram", corpus())
+    assert tokenizer("the sum")["input_ids"][-1] == tokenizer.eos_token_id  # this style ends every text so
+    tree = tree_from_text(tokenizer, "the", [StepNode(-1, text=" sum"), StepNode(0, text=" so")])
+    assert all(tokenizer.eos_token_id not in tree.path(i) for i in (-1, 0, 1))
+
+
+@pytest.mark.parametrize("nodes, arguments, error, message", [
+    ([StepNode(-1)], {}, TypeError, r"nodes\[0\].text must be a string, got None"),
+    ([StepNode(-1, [1], text="a")], {}, ValueError, "ids are never re-tokenised"),
+    ([StepNode(3, text="a")], {}, ValueError, r"nodes\[0\].parent"),
+    ([StepNode(1, text="a"), StepNode(0, text="b")], {}, ValueError, "a cycle"),
+    (["a"], {}, TypeError, r"nodes\[0\] must be a StepNode or a mapping"),
+    ([StepNode(-1, text="")], dict(step_separator=""), ValueError, "text that adds a token"),
+])
+def test_bad_nodes(nodes, arguments, error, message):
+    with pytest.raises(error, match=message):
+        tree_from_text(tokenizer_of("gpt2", corpus()), "the sum", nodes, **arguments)
+
+
+def test_bad_prompts_and_tokenizers():
+    tokenizer = tokenizer_of("gpt2", corpus())
+    node = StepNode(-1, text="the", terminal=True)
+    with pytest.raises(ValueError, match="prompt must be text for a tokenizer without a chat template, got messages"):
+        tree_from_text(tokenizer, [dict(role="user", content="a")], [node])
+    with pytest.raises(ValueError, match="prompt must be text of which every first step keeps the first token"):
+        tree_from_text(tokenizer, "", [node])
+    mute = tokenizers_.gpt2(["a"])
+    mute.eos_token = None
+    with pytest.raises(ValueError, match="eos must be False for a tokenizer without an EOS token"):
+        tree_from_text(mute, "a", [node])
+    assert len(tree_from_text(mute, "a", [node], eos=False)) == 1
