@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -49,7 +49,7 @@ def fail(message: str) -> None:
 @app.command(help=TRAIN_HELP)
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Override keys.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys.")] = None,
 ) -> None:
     import torch
 
@@ -64,7 +64,7 @@ def train(
         run_training(load_config(config, overrides or []))
 
 
-def launcher(arguments: list[str], devices: int, environment: "os._Environ[str] | dict[str, str]") -> list[str] | None:
+def launcher(arguments: list[str], devices: int, environment: os._Environ[str] | dict[str, str]) -> list[str] | None:
     """The command that starts one process a GPU, None when there is one GPU, none, or a launcher already."""
     started = any(name in environment for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION"))
     if devices < 2 or started:
@@ -77,16 +77,16 @@ def launcher(arguments: list[str], devices: int, environment: "os._Environ[str] 
 @app.command()
 def data(
     file: Annotated[Path, typer.Argument(help="JSON or JSONL in any supported format.")],
-    tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer (directory or hub name), to count tokens.")] = None,
-    format: Annotated[Optional[str], typer.Option(help="Name of the format; default: detected from the keys.")] = None,
-    value_range: Annotated[Optional[tuple[float, float]], typer.Option(
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer (directory or hub name), to count tokens.")] = None,
+    format: Annotated[str | None, typer.Option(help="Name of the format; default: detected from the keys.")] = None,
+    value_range: Annotated[tuple[float, float] | None, typer.Option(
         help="Least and greatest value in the file, if not the format's own scale.")] = None,
     on_bad: Annotated[str, typer.Option(help="skip bad rows and report them, or stop with an error.")] = "skip",
     rule: Annotated[str, typer.Option(help="Pair rule of the table by tree: best_worst, top_bottom or all.")] = "all",
     min_gap: Annotated[float, typer.Option(help="Pairs whose values, mapped to [-1, 1], differ by more.")] = 0.0,
     any_kind: Annotated[bool, typer.Option(help="Also pair a step that ends the solution with one that does not.")] = False,
-    max_path_tokens: Annotated[Optional[int], typer.Option(help="Longest path, as in training.")] = None,
-    max_tokens: Annotated[Optional[int], typer.Option(help="Most tokens of a pack; default: one pack a tree.")] = None,
+    max_path_tokens: Annotated[int | None, typer.Option(help="Longest path, as in training.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a pack; default: one pack a tree.")] = None,
     step_separator: Annotated[str, typer.Option(help="Text after every step.")] = "\\n\\n",
 ) -> None:
     """Show what is in a data file, what training would make of it, and what packing saves.
@@ -133,7 +133,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="The smallest form, for a smoke test: seconds.")] = False,
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps instead of the demo's own number.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead of the demo's own number.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where files, model and curves go.")] = Path("svpo-demo"),
     seed: Annotated[int, typer.Option(help="Seed of task, model and order.")] = 0,
 ) -> None:

@@ -19,11 +19,11 @@ from svpo_kernels.prm import prm_scores
 
 
 class ValueHead(nn.Module):
-    """Linear (1, D) in fp32, tanh on top: a value in [-1, 1]. Starts at 0, the middle of the scale."""
+    """Linear (1, D) in fp32 (fp64 under an fp64 model), tanh on top. Starts at 0, the middle of the scale [-1, 1]."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.summary = nn.Linear(hidden_size, 1, dtype=dtype)
         nn.init.zeros_(self.summary.weight)
         nn.init.zeros_(self.summary.bias)
 
@@ -39,7 +39,8 @@ class StepModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.backend, self.logits_budget_mb = backend, logits_budget_mb
-        self.v_head = ValueHead(self.config.get_text_config().hidden_size) if value_head else None
+        dtype = torch.promote_types(next(lm.parameters()).dtype, torch.float32)
+        self.v_head = ValueHead(self.config.get_text_config().hidden_size, dtype) if value_head else None
         self.head_options = head_options(self.causal_lm)
 
     @property
