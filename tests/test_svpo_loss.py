@@ -1,0 +1,422 @@
+"""`svpo_loss`: every backend against fp64, judged by eager PyTorch's own error; counts, edges, second order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_accurate
+from engines import ENGINES, Engine, running
+from torch import Tensor
+
+import svpo_kernels as sk
+
+TERMS = ("loss", "preference", "value", "rank", "sft")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest):
+    with running(*request.param) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class LossCase:
+    name: str
+    P: int = 9
+    S: int = 14
+    dtype: torch.dtype = torch.float32
+    ref: bool = True
+    values: bool = True
+    logps: bool = True
+    per_pair: bool = False  # label_smoothing, margin, rank_margin and pair_weights as (P,) tensors
+    sft: int = 0
+    labelled: float = 0.6
+    scale: float = 3.0
+    counts: str = ""  # "numbers" | "tensor"
+    index: torch.dtype = torch.int64
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    LossCase("dpo", values=False),
+    LossCase("svpo"),
+    LossCase("no_ref", ref=False),
+    LossCase("smoothed", options={"label_smoothing": 0.2, "margin": 0.3, "beta": 0.7}),
+    LossCase("ipo", options={"preference": "ipo", "beta": 0.4}),
+    LossCase("hinge", options={"preference": "hinge", "margin": -0.5, "rank_margin": 0.4}),
+    LossCase("logistic", options={"rank": "logistic", "rank_weight": 0.3}),
+    LossCase("implicit", options={"rank": "implicit", "rank_scale": 0.5, "beta": 0.9}),
+    LossCase("per_pair", per_pair=True),
+    LossCase("per_pair_logistic", per_pair=True, options={"rank": "logistic"}, index=torch.int32),
+    LossCase("sft", sft=6, options={"sft_weight": 0.5}),
+    LossCase("weights", sft=3, options={"preference_weight": 0.3, "value_weight": 2.0, "rank_weight": 0.0, "sft_weight": 3.0}),
+    LossCase("values_only", logps=False, options={"preference_weight": 0.0, "rank": "logistic"}),
+    LossCase("unlabelled", labelled=0.0),
+    LossCase("counts", sft=2, counts="numbers", options={"sft_weight": 1.0}),
+    LossCase("count_tensor", sft=2, counts="tensor", per_pair=True, options={"sft_weight": 1.0}),
+    LossCase("no_pairs", P=0, sft=2, options={"sft_weight": 1.0}),
+    LossCase("empty", P=0, S=0),
+    LossCase("one", P=1, S=2),
+    LossCase("shared", P=300, S=7),
+    LossCase("many", P=2000, S=3001, per_pair=True),
+    LossCase("extreme", scale=1e4, options={"beta": 1.0, "label_smoothing": 0.1}),
+    LossCase("bf16", dtype=torch.bfloat16, sft=4, options={"sft_weight": 1.0}),
+    LossCase("fp16", dtype=torch.float16),
+]
+
+
+def make(case: LossCase) -> tuple[dict[str, Tensor | None], Tensor, dict[str, Any]]:
+    """(step_logps, ref_step_logps, values), pairs and keyword arguments."""
+    P, S = case.P, case.S
+    lp = torch.randn(S) * case.scale - 2 * case.scale
+    tensors = {
+        "step_logps": lp.to(case.dtype) if case.logps else None,
+        "ref_step_logps": (lp + torch.randn(S) * case.scale).to(case.dtype) if case.ref and case.logps else None,
+        "values": torch.randn(S).tanh().to(case.dtype) if case.values else None,
+    }
+    pairs = torch.randint(0, max(S, 1), (P, 2), dtype=case.index)
+    options: dict[str, Any] = dict(case.options)
+    if case.values:
+        targets = torch.randn(S).tanh()
+        targets[torch.rand(S) >= case.labelled] = torch.nan
+        options["value_targets"] = targets
+    if case.per_pair:
+        options |= {"pair_weights": torch.rand(P), "label_smoothing": torch.rand(P) / 2, "margin": torch.randn(P),
+                    "rank_margin": torch.rand(P)}
+    if case.sft:
+        options["sft_steps"] = torch.randint(0, S, (case.sft,), dtype=case.index)
+    if case.counts:
+        options["counts"] = (31, 17.5, 4) if case.counts == "numbers" else torch.tensor([31.0, 17.5, 4.0])
+    return tensors, pairs, options
+
+
+def oracle(step_logps, ref_step_logps, values, pairs, *, value_targets=None, beta=0.1, preference="sigmoid",
+           preference_weight=1.0, label_smoothing=0.0, margin=0.0, pair_weights=1.0, value_weight=1.0, rank="hinge",
+           rank_margin=0.0, rank_scale=1.0, rank_weight=1.0, sft_steps=None, sft_weight=0.0, counts=None):
+    """The contract's formulas, as an eager user writes them: (loss, preference, value, rank, sft)."""
+    some = step_logps if step_logps is not None else values
+    dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
+    w, l = pairs.long().unbind(1)
+    zero = some.sum().to(dtype) * 0
+    P, labelled = len(pairs), 0 if value_targets is None else int((~value_targets.isnan()).sum())
+    counts = counts if counts is not None else (P, labelled, 0 if sft_steps is None else len(sft_steps))
+    preference_term = value = rank_term = sft = zero
+    D = None
+    if step_logps is not None:
+        lp = step_logps.to(dtype)
+        ratio = lp if ref_step_logps is None else lp - ref_step_logps.to(dtype)
+        D = ratio[w] - ratio[l]
+        x = beta * D - margin
+        if preference == "sigmoid":
+            losses = -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+        else:
+            losses = (D - 1 / (2 * beta)) ** 2 if preference == "ipo" else torch.relu(1 - x)
+        preference_term = (losses * pair_weights).sum() / counts[0] if P else zero
+        sft = -lp[sft_steps.long()].sum() / counts[2] if sft_steps is not None else zero
+    if values is not None:
+        v = values.to(dtype)
+        gap = v[w] - v[l]
+        if rank == "hinge":
+            losses = torch.relu(rank_margin - gap)
+        else:
+            losses = -F.logsigmoid(gap) if rank == "logistic" else (gap - rank_scale * (beta * D).detach()) ** 2
+        rank_term = (losses * pair_weights).sum() / counts[0] if P else zero
+        known = ~value_targets.isnan()
+        value = (v - value_targets)[known].square().sum() / counts[1] if known.any() else zero
+    loss = (preference_weight * preference_term + value_weight * value + rank_weight * rank_term + sft_weight * sft)
+    return loss, preference_term, value, rank_term, sft
+
+
+def results(function, tensors: dict[str, Tensor | None], upstream: Tensor, dtype: torch.dtype | None = None):
+    """The five terms and the gradients of the differentiable inputs under a random upstream on each term."""
+    leaves = {name: None if x is None else (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+              for name, x in tensors.items()}
+    terms = function(leaves)
+    total = sum((g.to(term.dtype) * term for g, term in zip(upstream.to(terms[0].device), terms, strict=True)),
+                terms[0] * 0)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    if not total.requires_grad:
+        return list(terms), dict.fromkeys(wanted)
+    found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return [term.detach() for term in terms], dict(zip(wanted, found, strict=True))
+
+
+def to(device: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in tensors.items()}
+
+
+def call(engine: Engine, leaves: dict[str, Tensor | None], pairs: Tensor, options: dict[str, Any]) -> sk.SVPOLoss:
+    return sk.svpo_loss(leaves["step_logps"], pairs.to(engine.device), leaves["ref_step_logps"],
+                        values=leaves["values"], backend=engine.backend, **to(engine.device, options))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_terms_and_gradients(case: LossCase, engine: Engine) -> None:
+    tensors, pairs, options = make(case)
+    upstream = torch.randn(5)
+    doubles = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()}
+    exact = results(lambda x: oracle(**x, pairs=pairs, **doubles), tensors, upstream, torch.float64)
+    eager = results(lambda x: oracle(**x, pairs=pairs, **options), tensors, upstream)
+    ours = results(lambda x: call(engine, x, pairs, options)[:5], to(engine.device, tensors), upstream)
+    for name, mine, theirs, true in zip(TERMS, ours[0], eager[0], exact[0], strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == ()
+        assert_accurate(mine.cpu(), theirs, true, what=name)
+    for name, grad in ours[1].items():
+        assert grad.dtype == case.dtype
+        assert_accurate(grad.cpu(), eager[1][name], exact[1][name], what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_metrics(case: LossCase, engine: Engine) -> None:
+    tensors, pairs, options = make(case)
+    out = call(engine, to(engine.device, tensors), pairs, options)
+    assert not any(x.requires_grad for x in out[5:])
+    w, l = pairs.long().unbind(1)
+    lp, ref, v = (None if x is None else x.float() for x in tensors.values())
+    if lp is None:
+        assert out.chosen_rewards.isnan().all() and out.rejected_rewards.isnan().all() and out.accuracy.isnan()
+    else:
+        rewards = options.get("beta", 0.1) * (lp if ref is None else lp - ref)
+        torch.testing.assert_close(out.chosen_rewards.cpu(), rewards[w], rtol=0, atol=0)
+        torch.testing.assert_close(out.rejected_rewards.cpu(), rewards[l], rtol=0, atol=0)
+        right = (rewards[w] > rewards[l]).float().mean()
+        torch.testing.assert_close(out.accuracy.cpu(), right, equal_nan=True)
+    right = (v[w] > v[l]).float().mean() if v is not None else torch.tensor(torch.nan)
+    torch.testing.assert_close(out.value_accuracy.cpu(), right, equal_nan=True)
+
+
+def test_ties_are_wrong_and_no_pairs_give_nan(engine: Engine) -> None:
+    lp = torch.zeros(3, device=engine.device)
+    pairs = torch.tensor([[0, 1], [1, 2]], device=engine.device)
+    out = sk.svpo_loss(lp, pairs, values=lp, backend=engine.backend)
+    assert out.accuracy == 0 and out.value_accuracy == 0
+    out = sk.svpo_loss(lp, pairs[:0], values=lp, backend=engine.backend)
+    assert out.accuracy.isnan() and out.value_accuracy.isnan() and out.chosen_rewards.shape == (0,)
+    assert out.loss == 0 and out.preference == 0 and out.rank == 0
+
+
+def test_a_value_head_at_zero_learns_to_rank(engine: Engine) -> None:
+    """The kink of the hinges passes its gradient."""
+    v = torch.zeros(2, device=engine.device, requires_grad=True)
+    pairs = torch.tensor([[0, 1]], device=engine.device)
+    sk.svpo_loss(None, pairs, values=v, preference_weight=0.0, backend=engine.backend).loss.backward()
+    assert v.grad.tolist() == [-1.0, 1.0]
+
+
+def test_extreme_margins_stay_finite(engine: Engine) -> None:
+    lp = torch.tensor([1e4, -1e4, 3e38, -3e38], device=engine.device, requires_grad=True)
+    pairs = torch.tensor([[0, 1], [1, 0]], device=engine.device)
+    out = sk.svpo_loss(lp, pairs, beta=1.0, label_smoothing=0.25, backend=engine.backend)
+    out.loss.backward()
+    # x = 2e4 and -2e4: each side costs its share of 2e4.
+    assert out.loss.item() == pytest.approx(1e4)
+    assert lp.grad.isfinite().all()
+
+
+def test_a_term_of_weight_zero_is_reported_and_left_out(engine: Engine) -> None:
+    lp = torch.tensor([0.0, torch.nan], device=engine.device, requires_grad=True)
+    v = torch.tensor([0.5, 0.25], device=engine.device, requires_grad=True)
+    pairs = torch.tensor([[0, 1]], device=engine.device)
+    out = sk.svpo_loss(lp, pairs, values=v, preference_weight=0.0, rank="logistic", backend=engine.backend)
+    assert out.preference.isnan() and out.loss == out.rank
+    out.loss.backward()
+    assert (lp.grad == 0).all() and v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("counts", [tuple, torch.tensor])
+def test_the_cut_does_not_matter(engine: Engine, counts: type) -> None:
+    """Two calls with the totals of both add up to one call: loss, terms and gradients."""
+    tensors, pairs, options = make(LossCase("whole", P=20, S=30, sft=8, per_pair=True, options={"sft_weight": 0.7}))
+    targets = options["value_targets"]
+    totals = counts([20, int((~targets.isnan()).sum()), 8])
+    upstream = torch.randn(5)
+
+    def part(first: int, last: int, sft: slice, steps: Tensor) -> Any:
+        own = {name: x[first:last] if isinstance(x, Tensor) and x.shape == (20,) else x for name, x in options.items()}
+        own |= {"sft_steps": options["sft_steps"][sft], "value_targets": torch.where(steps, targets, torch.nan),
+                "counts": totals}
+        return results(lambda x: call(engine, x, pairs[first:last], own)[:5], to(engine.device, tensors), upstream)
+
+    whole = results(lambda x: call(engine, x, pairs, options)[:5], to(engine.device, tensors), upstream)
+    steps = torch.arange(30) < 11
+    a, b = part(0, 7, slice(0, 1), steps), part(7, 20, slice(1, 8), ~steps)
+    for x, y, z in zip(a[0], b[0], whole[0], strict=True):
+        torch.testing.assert_close(x + y, z, rtol=1e-6, atol=1e-7)
+    for name, grad in whole[1].items():
+        torch.testing.assert_close(a[1][name] + b[1][name], grad, rtol=1e-6, atol=1e-7)
+
+
+def test_run_to_run_bitwise(engine: Engine) -> None:
+    case = LossCase("bitwise", P=5000, S=50, per_pair=True, sft=50, options={"sft_weight": 1.0})
+    tensors, pairs, options = make(case)
+    upstream = torch.randn(5)
+
+    def once() -> Any:
+        return results(lambda x: call(engine, x, pairs, options)[:5], to(engine.device, tensors), upstream)
+
+    first = once()
+    for threads in (1, 2, torch.get_num_threads()):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again = once()
+        torch.set_num_threads(before)
+        assert all(torch.equal(x, y) for x, y in zip(first[0], again[0], strict=True))
+        assert all(torch.equal(grad, again[1][name]) for name, grad in first[1].items())
+
+
+def test_layouts_of_the_inputs(engine: Engine) -> None:
+    """Strided, expanded and oddly typed inputs give what dense ones give."""
+    tensors, pairs, options = make(LossCase("dense", per_pair=True, sft=3, options={"sft_weight": 1.0}))
+    upstream = torch.randn(5)
+    plain = results(lambda x: call(engine, x, pairs, options)[:5], to(engine.device, tensors), upstream)
+
+    def stride(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.stack([x, torch.full_like(x, 77)], -1)[..., 0]
+
+    odd = {name: stride(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
+           for name, x in options.items()}
+    odd["sft_steps"] = stride(options["sft_steps"].to(torch.int16))
+    wide = stride(pairs.to(torch.uint8))
+    assert not wide.is_contiguous()
+    ours = results(lambda x: call(engine, {name: stride(y) for name, y in x.items()}, wide, odd)[:5],
+                   to(engine.device, tensors), upstream)
+    for x, y in zip(ours[0], plain[0], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    for name, grad in plain[1].items():
+        torch.testing.assert_close(ours[1][name], grad, rtol=1e-6, atol=1e-6)
+
+
+def test_mixed_dtypes_keep_their_gradients_apart(engine: Engine) -> None:
+    lp = torch.randn(4, device=engine.device, requires_grad=True)
+    v = torch.randn(4, device=engine.device).bfloat16().requires_grad_()
+    ref = torch.randn(4, device=engine.device).half().requires_grad_()
+    pairs = torch.tensor([[0, 1], [2, 3]], device=engine.device)
+    out = sk.svpo_loss(lp, pairs, ref, values=v, value_targets=torch.zeros(4, device=engine.device), beta=1.0,
+                       backend=engine.backend)
+    out.loss.backward()
+    assert [x.grad.dtype for x in (lp, ref, v)] == [torch.float32, torch.float16, torch.bfloat16]
+    torch.testing.assert_close(ref.grad.float(), -lp.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_inputs_that_need_a_gradient_get_one(engine: Engine) -> None:
+    lp, ref, v = (torch.randn(4, device=engine.device) for _ in range(3))
+    pairs = torch.tensor([[0, 1], [2, 3]], device=engine.device)
+    for needs in range(8):
+        leaves = [x.clone().requires_grad_(bool(needs >> i & 1)) for i, x in enumerate((lp, ref, v))]
+        out = sk.svpo_loss(leaves[0], pairs, leaves[1], values=leaves[2], backend=engine.backend)
+        assert out.loss.requires_grad == bool(needs)
+        if needs:
+            out.loss.backward()
+        assert [x.grad is not None for x in leaves] == [bool(needs >> i & 1) for i in range(3)]
+
+
+def test_a_trainer_may_scale_the_loss_in_place(engine: Engine) -> None:
+    lp = torch.randn(4, device=engine.device, requires_grad=True)
+    out = sk.svpo_loss(lp, torch.tensor([[0, 1]], device=engine.device), backend=engine.backend)
+    loss = out.loss
+    loss *= 2
+    loss.backward()
+    once = torch.autograd.grad(sk.svpo_loss(lp, torch.tensor([[0, 1]], device=engine.device),
+                                            backend=engine.backend).loss, lp)[0]
+    torch.testing.assert_close(lp.grad, 2 * once)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(engine: Engine, mode: Any) -> None:
+    tensors, pairs, options = make(LossCase("plain", sft=2))
+    expected = call(engine, to(engine.device, tensors), pairs, options)
+    with mode():
+        out = call(engine, to(engine.device, tensors), pairs, options)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(list(out), list(expected), rtol=0, atol=0)
+
+
+# -- second order -----------------------------------------------------------------------------------------------------
+
+SECOND = [case for case in CASES if case.name in (
+    "svpo", "smoothed", "ipo", "logistic", "implicit", "per_pair_logistic", "sft", "values_only", "count_tensor", "hinge")]
+
+
+@pytest.mark.parametrize("case", SECOND, ids=lambda case: case.name)
+def test_gradcheck_to_second_order(case: LossCase) -> None:
+    tensors, pairs, options = make(replace(case, P=3, S=5, sft=min(case.sft, 2)))
+    tensors = {name: None if x is None else x.double() for name, x in tensors.items()}
+    # The implicit reward is detached: finite differences see a dependence on lp that the gradient leaves out on purpose.
+    names = ["values"] if case.name == "implicit" else [name for name, x in tensors.items() if x is not None]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = tensors | dict(zip(names, leaves, strict=True))
+        return tuple(call(Engine("reference", "cpu"), given, pairs, options)[:5])
+
+    leaves = [tensors[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_a_gradient_penalty_equals_the_references_in_fp64(engine: Engine) -> None:
+    tensors, pairs, options = make(LossCase("penalty", P=6, S=8, sft=2, options={"rank": "logistic", "sft_weight": 1.0}))
+
+    def penalty(leaves: dict[str, Tensor], backend: Engine) -> list[Tensor]:
+        out = call(backend, leaves, pairs, options)
+        first = torch.autograd.grad(out.loss + 0.3 * out.rank, list(leaves.values()), create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
+
+    ours = penalty({name: x.to(engine.device).requires_grad_() for name, x in tensors.items()}, engine)
+    exact = penalty({name: x.double().requires_grad_() for name, x in tensors.items()}, Engine("reference", "cpu"))
+    assert any(g.abs().max() > 1e-4 for g in exact)
+    for x, y in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.cpu(), y.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_first_order_is_the_same_with_and_without_a_graph(engine: Engine) -> None:
+    tensors, pairs, options = make(LossCase("graph", sft=2, options={"sft_weight": 1.0, "preference_weight": 0.0}))
+    leaves = {name: x.to(engine.device).requires_grad_() for name, x in tensors.items()}
+    out = call(engine, leaves, pairs, options)
+    plain = torch.autograd.grad(out.loss, list(leaves.values()), retain_graph=True)
+    graph = torch.autograd.grad(out.loss, list(leaves.values()), create_graph=True)
+    for x, y in zip(plain, graph, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+# -- presets and dvo_loss ---------------------------------------------------------------------------------------------
+
+
+def test_presets_run_and_cite_their_source() -> None:
+    assert set(sk.PRESETS) == {"svpo", "step_dpo", "mcts_dpo", "rstar", "alphamath"}
+    tensors, pairs, options = make(LossCase("preset", sft=3))
+    for name, preset in sk.PRESETS.items():
+        assert "arXiv" in preset.source and preset.theirs and preset.ours
+        out = sk.svpo_loss(tensors["step_logps"], pairs, tensors["ref_step_logps"], values=tensors["values"],
+                           **options, **preset)
+        expected = oracle(**tensors, pairs=pairs, **options, **preset)
+        torch.testing.assert_close(out.loss, expected[0]), name
+    assert sk.PRESETS["step_dpo"]["beta"] == 0.5 and sk.PRESETS["alphamath"]["value_weight"] == 0.01
+    # rStar-Math trains a reward model alone: no policy is needed.
+    out = sk.svpo_loss(None, pairs, values=tensors["values"], **sk.PRESETS["rstar"])
+    v = tensors["values"]
+    torch.testing.assert_close(out.loss, -F.logsigmoid(v[pairs[:, 0]] - v[pairs[:, 1]]).mean())
+
+
+@pytest.mark.parametrize("ref", [True, False])
+def test_dvo_loss(engine: Engine, ref: bool) -> None:
+    lp = torch.randn(7).mul(4).requires_grad_()
+    reference = torch.randn(7).mul(4).requires_grad_() if ref else None
+    gains = torch.randn(7)
+    gains[[1, 4]] = torch.nan
+    ours = sk.dvo_loss(lp.to(engine.device), reference if reference is None else reference.to(engine.device),
+                       gains.to(engine.device), beta=0.3, backend=engine.backend)
+    known = ~gains.isnan()
+    expected = (0.3 * (lp - (reference if ref else 0)) - gains)[known].square().mean()
+    torch.testing.assert_close(ours.cpu(), expected)
+    leaves = [x for x in (lp, reference) if x is not None]
+    for x, y in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(x, y)
+    assert sk.dvo_loss(lp[:0], None, gains[:0], beta=0.3) == 0
+    assert torch.autograd.gradgradcheck(
+        lambda x: sk.dvo_loss(x, None, gains.double(), beta=0.3, backend="reference"), lp.detach().double().requires_grad_())
