@@ -11,8 +11,6 @@ fp32 compute for fp32, bf16 and fp16; fp64 for fp64. Rows of hidden that no posi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,11 +40,14 @@ def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tens
                    logits: Tensor, good: int, bad: int, activation: str, softcap: float, need_hidden: bool,
                    need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (B, L, D), weight and bias, (0,) where not needed."""
-
-    def formula(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return prm_scores_fwd(h, positions, w, b, good, bad, activation, softcap)[0]
-
-    return _gradients(formula, grad, hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    z = logits.to(grad.dtype)
+    d = decision(z, bad, softcap)
+    if bad >= 0 or activation == "sigmoid":
+        slope = torch.sigmoid(d) * torch.sigmoid(-d)
+    else:
+        slope = 4.0 * torch.sigmoid(2.0 * d) * torch.sigmoid(-2.0 * d) if activation == "tanh" else torch.ones_like(d)
+    return _gradients(grad * slope, z, hidden, positions, weight, bias, good, bad, softcap,
+                      (need_hidden, need_weight, need_bias))
 
 
 def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, good: int,
@@ -69,29 +70,38 @@ def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor
                  bias: Tensor | None, logits: Tensor, good: int, bad: int, reduction: str, need_hidden: bool,
                  need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `prm_scores_bwd`, for grad () or (S,)."""
-
-    def formula(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return prm_loss_fwd(h, positions, labels, w, b, good, bad, reduction)[0]
-
-    return _gradients(formula, grad, hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    d = decision(logits, bad, 0.0)
+    labelled = ~torch.isnan(labels)
+    y = torch.where(labelled, labels, 0.0).to(d.dtype)
+    slope = torch.where(labelled, (1.0 - y) * torch.sigmoid(d) - y * torch.sigmoid(-d), 0.0)
+    grad = grad / labelled.sum().clamp_min(1) if reduction == "mean" else grad
+    return _gradients(grad * slope, logits, hidden, positions, weight, bias, good, bad, 0.0,
+                      (need_hidden, need_weight, need_bias))
 
 
 def head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int,
                 bad: int) -> Tensor:
     """(S, 2) in fp32 (fp64 for fp64); NaN on a device where the position does not exist."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if hidden.device.type == "cpu":
-        rows = flat.index_select(0, positions)
-    else:
-        inside = (positions >= 0) & (positions < flat.shape[0])
-        # Indexing, not index_select: its backward adds in a fixed order on CUDA.
-        rows = torch.where(inside.unsqueeze(1), flat[torch.where(inside, positions, 0).long()], torch.nan)
+    rows, inside = _rows(hidden, positions)
     classes = [good, bad] if bad >= 0 else [good]
     with torch.autocast(hidden.device.type, enabled=False):
-        z = rows.to(dtype) @ torch.stack([weight[c] for c in classes]).to(dtype).T
-    z = z if bias is None else z + torch.stack([bias[c] for c in classes]).to(dtype)
-    return z if bad >= 0 else F.pad(z, (0, 1))
+        z = rows @ torch.stack([weight[c] for c in classes]).to(rows.dtype).T
+    z = z if bias is None else z + torch.stack([bias[c] for c in classes]).to(rows.dtype)
+    z = z if bad >= 0 else F.pad(z, (0, 1))
+    return torch.where(inside.unsqueeze(1), z, torch.nan)
+
+
+def _rows(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden at the positions (S, D) in the compute dtype, and which of them exist."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    inside = (positions >= 0) & (positions < flat.shape[0])
+    if flat.shape[0] == 0:
+        return flat.new_zeros((positions.shape[0], flat.shape[1]), dtype=_compute(hidden)), inside
+    return flat.index_select(0, torch.where(inside, positions, 0)).to(_compute(hidden)), inside
+
+
+def _compute(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def decision(z: Tensor, bad: int, softcap: float) -> Tensor:
@@ -106,17 +116,36 @@ def activate(d: Tensor, bad: int, activation: str) -> Tensor:
     return torch.tanh(d) if activation == "tanh" else d.clone()
 
 
-def _gradients(formula: Callable[[Tensor, Tensor, Tensor | None], Tensor], grad: Tensor, hidden: Tensor,
-               weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    sources = (hidden, weight, bias)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(sources, needs, strict=True)]
-        out = formula(*leaves)
-    wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True)) if wanted else iter(())
-    return tuple(
-        next(found).contiguous() if need else hidden.new_empty(0) for need in needs
-    )
+def _gradients(grad_d: Tensor, z: Tensor, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None,
+               good: int, bad: int, softcap: float, needs: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """From d upstream (S,): through the softcap to the logits, then to hidden, weight and bias."""
+    signs = grad_d.new_tensor([1.0, -1.0])[: 2 if bad >= 0 else 1]
+    cap = 1.0 - torch.tanh(z / softcap).square() if softcap else torch.ones_like(z)
+    dz = grad_d.unsqueeze(1) * signs * cap[:, : len(signs)]
+    classes = [good, bad] if bad >= 0 else [good]
+    grads = [hidden.new_empty(0)] * 3
+    with torch.autocast(hidden.device.type, enabled=False):
+        if needs[0]:
+            rows = dz @ torch.stack([weight[c] for c in classes]).to(dz.dtype)
+            inside = (positions >= 0) & (positions < hidden.shape[0] * hidden.shape[1])
+            at = torch.where(inside, positions, 0).long()
+            # Summed before they are rounded, and in a fixed order: a position may come twice.
+            full = rows.new_zeros((hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
+            if at.numel() and full.shape[0]:
+                rows = torch.where(inside.unsqueeze(1), rows, 0.0)
+                # index_add_ has a fixed order on the CPU only, index_put_ on CUDA only.
+                full.index_add_(0, at, rows) if rows.is_cpu else full.index_put_((at,), rows, accumulate=True)
+            grads[0] = full.to(hidden.dtype).view(hidden.shape)
+        if needs[1]:
+            grads[1] = weight.new_zeros(weight.shape)
+            grads[1][classes] = (dz.T @ _rows(hidden, positions)[0]).to(weight.dtype)
+        if needs[2]:
+            grads[2] = bias.new_zeros(bias.shape)
+            grads[2][classes] = dz.sum(0).to(bias.dtype)
+    return tuple(grads)
+
+
+# -- value checks -----------------------------------------------------------------------------------------------------
 
 
 def check_positions(op: str, hidden: Tensor, positions: Tensor) -> None:

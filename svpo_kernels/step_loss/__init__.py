@@ -190,14 +190,14 @@ def svpo_loss(
     require_positive(op, "beta", beta)
     like = _check_steps(op, step_logps, values, rank, preference_weight, rank_weight, sft_weight)
     S, double = like.shape[0], like.dtype == torch.float64
-    _check_index(op, "pairs", pairs, like, 2)
+    pairs = _check_index(op, "pairs", pairs, like, 2)
     if step_logps is None:
         ref_step_logps = sft_steps = None
     if ref_step_logps is not None:
         _check_vector(op, "ref_step_logps", ref_step_logps, like, S, "(S,)")
         double = double or ref_step_logps.dtype == torch.float64
     if sft_steps is not None:
-        _check_index(op, "sft_steps", sft_steps, like, 1)
+        sft_steps = _check_index(op, "sft_steps", sft_steps, like, 1)
     if values is None:
         value_targets = None
     elif values is not like:
@@ -281,13 +281,15 @@ def _check_vector(op: str, name: str, x: object, like: Tensor, size: int | None,
         fail(op, name, letters + ("" if size is None else f" = ({size},)") + f" on {like.device}", x)
 
 
-def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> None:
+def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> Tensor:
+    """x as int64 or int32."""
     if not isinstance(x, Tensor) or x.dtype not in INTEGERS:
         fail(op, name, "an integer tensor", x, TypeError)
     if x.dim() != dim or (dim == 2 and x.shape[1] != 2) or x.device != like.device:
         fail(op, name, f"{'(P, 2)' if dim == 2 else '(K,)'} on {like.device}", x)
     if not like.shape[0] and x.shape[0]:
         fail(op, name, "empty when there are no steps (S = 0)", x, IndexError)
+    return x if x.dtype in (torch.int64, torch.int32) else x.long()
 
 
 def _check_pair_tensor(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> None:

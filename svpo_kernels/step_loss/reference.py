@@ -66,15 +66,8 @@ def svpo_loss_fwd(*args: object) -> tuple[Tensor, ...]:
     (4, S) of the unweighted terms: d preference / d lp, d sft / d lp, d value / d v, d rank / d v."""
     inputs, options = Inputs(*args[: len(Inputs._fields)]), Options(*args[len(Inputs._fields) :])
     check_values(inputs, options)
-    with torch.enable_grad():
-        lp, v = (None if x is None else x.detach().requires_grad_() for x in (inputs.step_logps, inputs.values))
-        leaves = inputs._replace(step_logps=lp, values=v)
-        preference, value, rank, sft = svpo_loss_terms(leaves, options)
-    like = lp if lp is not None else v
-    slopes = [_slope(term, leaf, like) for term, leaf in ((preference, lp), (sft, lp), (value, v), (rank, v))]
-    terms = [term.detach() for term in (preference, value, rank, sft)]
-    return (weighted_sum(terms, options), *terms, *_metrics(inputs, options.beta),
-            torch.stack(slopes).to(compute_dtype(inputs)))
+    terms = svpo_loss_terms(inputs, options)
+    return (weighted_sum(terms, options), *terms, *_metrics(inputs, options.beta), _slopes(inputs, options))
 
 
 def svpo_loss_bwd(
@@ -101,40 +94,85 @@ def svpo_loss_bwd(
 
 def svpo_loss_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """preference, value, rank and sft, each over its count and before its weight; differentiable in lp, ref and v."""
-    dtype = compute_dtype(inputs)
+    x = _prepare(inputs, options)
+    pairs, sft_steps = inputs.pairs, inputs.sft_steps
+    preference = value = rank = sft = x.zero
+    if x.D is not None:
+        losses = _preference_losses(x.D, options.preference, options.beta, x.margin, x.e) * x.weights
+        preference = _over_count(losses.sum(), pairs.shape[0], x.counts[0])
+        if sft_steps is not None:
+            sft = _over_count(-_gather(x.lp, sft_steps).sum(), sft_steps.shape[0], x.counts[2])
+    if x.gap is not None:
+        losses = _rank_losses(x.gap, options.rank, x.rank_margin, x.implicit) * x.weights
+        rank = _over_count(losses.sum(), pairs.shape[0], x.counts[0])
+        if x.error is not None:
+            value = _over_count(x.error.square().sum(), x.labelled.sum(), x.counts[1])
+    return preference, value, rank, sft
+
+
+def _slopes(inputs: Inputs, options: Options) -> Tensor:
+    """(4, S): the derivatives of `svpo_loss_terms` once more, written out."""
+    x = _prepare(inputs, options)
+    pairs, sft_steps = inputs.pairs, inputs.sft_steps
+    S = (inputs.step_logps if inputs.step_logps is not None else inputs.values).shape[0]
+    slopes = x.zero.new_zeros((4, S))
+    if x.D is not None:
+        slope = _preference_slopes(x.D, options.preference, options.beta, x.margin, x.e) * x.weights
+        slopes[0] = _scatter_pairs(_over_count(slope, pairs.shape[0], x.counts[0]), pairs, S)
+        if sft_steps is not None:
+            ones = x.lp.new_full(sft_steps.shape, -1.0)
+            slopes[1] = _scatter(_over_count(ones, sft_steps.shape[0], x.counts[2]), sft_steps, S)
+    if x.gap is not None:
+        slope = _rank_slopes(x.gap, options.rank, x.rank_margin, x.implicit) * x.weights
+        slopes[3] = _scatter_pairs(_over_count(slope, pairs.shape[0], x.counts[0]), pairs, S)
+        if x.error is not None:
+            slopes[2] = _over_count(2.0 * x.error, x.labelled.sum(), x.counts[1])
+    return slopes
+
+
+class _Prepared(NamedTuple):
+    zero: Tensor
+    lp: Tensor | None
+    D: Tensor | None  # (P,) without step_logps None
+    gap: Tensor | None  # v_w - v_l (P,), without values None
+    implicit: Tensor | None  # rank_scale * beta D, detached (P,)
+    error: Tensor | None  # v - t (S,), 0 where unlabelled
+    labelled: Tensor | None
+    weights: Tensor | float
+    e: Tensor | float
+    margin: Tensor | float
+    rank_margin: Tensor | float
+    counts: Tensor | tuple[float, ...]
+
+
+def _prepare(inputs: Inputs, options: Options) -> _Prepared:
+    """Everything in the compute dtype, and what terms and slopes start from."""
+    dtype, pairs = compute_dtype(inputs), inputs.pairs
     lp, ref, v, t, weights, e, margin, rank_margin, counts = (
         x if x is None else x.to(dtype)
         for x in (inputs.step_logps, inputs.ref_step_logps, inputs.values, inputs.value_targets, inputs.pair_weights,
                   inputs.label_smoothings, inputs.margins, inputs.rank_margins, inputs.counts)
     )
-    e = options.label_smoothing if e is None else e
-    margin = options.margin if margin is None else margin
-    rank_margin = options.rank_margin if rank_margin is None else rank_margin
-    weights = 1.0 if weights is None else weights
-    given = counts if counts is not None else (options.pair_count, options.value_count, options.sft_count)
-    zero = (lp if lp is not None else v).new_zeros((), dtype=dtype)
-    preference, value, rank, sft = zero, zero, zero, zero
-    pairs, D = inputs.pairs, None
+    D = gap = implicit = error = labelled = None
     if lp is not None:
         ratio = lp if ref is None else lp - ref
         D = _gather(ratio, pairs[:, 0]) - _gather(ratio, pairs[:, 1])
-        losses = _preference_losses(D, options.preference, options.beta, margin, e) * weights
-        preference = _over_count(losses.sum(), pairs.shape[0], given[0])
-        if inputs.sft_steps is not None:
-            sft = _over_count(-_gather(lp, inputs.sft_steps).sum(), inputs.sft_steps.shape[0], given[2])
+        implicit = options.rank_scale * (options.beta * D.detach())
     if v is not None:
         gap = _gather(v, pairs[:, 0]) - _gather(v, pairs[:, 1])
-        implicit = None if D is None else options.rank_scale * (options.beta * D.detach())
-        losses = _rank_losses(gap, options.rank, rank_margin, implicit) * weights
-        rank = _over_count(losses.sum(), pairs.shape[0], given[0])
-        if t is not None:
-            labelled = ~torch.isnan(t)
-            error = torch.where(labelled, v, 0.0) - torch.where(labelled, t, 0.0)
-            value = _over_count(error.square().sum(), labelled.sum(), given[1])
-    return preference, value, rank, sft
+    if v is not None and t is not None:
+        labelled = ~torch.isnan(t)
+        error = torch.where(labelled, v, 0.0) - torch.where(labelled, t, 0.0)
+    return _Prepared(
+        (lp if lp is not None else v).new_zeros(()), lp, D, gap, implicit, error, labelled,
+        1.0 if weights is None else weights,
+        options.label_smoothing if e is None else e,
+        options.margin if margin is None else margin,
+        options.rank_margin if rank_margin is None else rank_margin,
+        (options.pair_count, options.value_count, options.sft_count) if counts is None else counts)
 
 
-def weighted_sum(terms: list[Tensor] | tuple[Tensor, ...], options: Options) -> Tensor:
+def weighted_sum(terms: tuple[Tensor, ...], options: Options) -> Tensor:
     """The loss from preference, value, rank and sft. A weight of 0 leaves its term out, NaN or infinity included."""
     weights = (options.preference_weight, options.value_weight, options.rank_weight, options.sft_weight)
     parts = [weight * term for weight, term in zip(weights, terms, strict=True) if weight]
@@ -157,13 +195,30 @@ def _preference_losses(D: Tensor, kind: str, beta: float, margin: Tensor | float
     return -(1.0 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
 
 
+def _preference_slopes(D: Tensor, kind: str, beta: float, margin: Tensor | float, e: Tensor | float) -> Tensor:
+    if kind == "ipo":
+        return 2.0 * (D - 1.0 / (2.0 * beta))
+    x = beta * D - margin
+    if kind == "hinge":
+        return -beta * (1.0 - x >= 0)
+    return beta * (e * torch.sigmoid(x) - (1.0 - e) * torch.sigmoid(-x))
+
+
 def _rank_losses(gap: Tensor, kind: str, margin: Tensor | float, implicit: Tensor | None) -> Tensor:
     if kind == "hinge":
         return (margin - gap).clamp_min(0.0)
     if kind == "logistic":
         return -F.logsigmoid(gap)
     # Without step log-probs there is no implicit reward; the public function refuses that unless rank_weight is 0.
-    return gap.new_zeros(gap.shape) if implicit is None else (gap - implicit).square()
+    return torch.zeros_like(gap) if implicit is None else (gap - implicit).square()
+
+
+def _rank_slopes(gap: Tensor, kind: str, margin: Tensor | float, implicit: Tensor | None) -> Tensor:
+    if kind == "hinge":
+        return -(margin - gap >= 0).to(gap.dtype)
+    if kind == "logistic":
+        return -torch.sigmoid(-gap)
+    return torch.zeros_like(gap) if implicit is None else 2.0 * (gap - implicit)
 
 
 def _over_count(total: Tensor, members: Tensor | int, count: Tensor | float) -> Tensor:
@@ -184,11 +239,17 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return torch.where(inside, x[torch.where(inside, index, 0).long()], torch.nan)
 
 
-def _slope(term: Tensor, leaf: Tensor | None, like: Tensor) -> Tensor:
-    """d term / d leaf (S,), 0 where the term does not depend on it."""
-    if leaf is None or not term.requires_grad:
-        return torch.zeros_like(like)
-    return torch.autograd.grad(term, leaf, retain_graph=True, materialize_grads=True)[0]
+def _scatter(x: Tensor, index: Tensor, S: int) -> Tensor:
+    """(S,) sums of x by step, in a fixed order on every device; a step that does not exist is left out."""
+    out = x.new_zeros(S)
+    if x.device.type == "cpu":
+        return out.index_add_(0, index, x)
+    inside = (index >= 0) & (index < S)
+    return out.index_put_((torch.where(inside, index, 0).long(),), torch.where(inside, x, 0.0), accumulate=True)
+
+
+def _scatter_pairs(x: Tensor, pairs: Tensor, S: int) -> Tensor:
+    return _scatter(torch.stack([x, -x], 1).flatten(), pairs.flatten(), S)
 
 
 def _metrics(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
