@@ -41,20 +41,21 @@ def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[l
     """Items (each the ends it needs together) -> packs of item numbers of at most max_tokens positions each.
 
     One pack when all fits. Else, among items that are neighbours in depth-first order, the two clusters that share
-    most are merged until none fits; clusters are then filled up in that order, sharing or not. An item that alone
-    needs more than max_tokens stays alone: the caller checks.
+    most are merged until none fits; clusters are then filled up in that order, sharing or not. Packs come in depth-first
+    order of their first items, the items of a pack in the order given. An item that alone needs more than max_tokens
+    stays alone: the caller checks.
     """
     order = sorted(range(len(items)), key=lambda n: (max(items[n]), min(items[n])))
     sizes = Sizes(trie, items)
     if sizes.union(order) <= max_tokens:
-        return [order] if order else []
+        return [sorted(order)] if order else []
     clusters: list[list[int]] = []
     for first in range(0, len(order), WINDOW):
         window = order[first:first + WINDOW]
         clusters += [[window[n] for n in cluster] for cluster in _cluster(trie, [items[n] for n in window], max_tokens)]
     place = {n: at for at, n in enumerate(order)}
-    clusters = sorted((sorted(cluster, key=place.__getitem__) for cluster in clusters), key=lambda c: place[c[0]])
-    return _fill(sizes, clusters, max_tokens)
+    clusters.sort(key=lambda cluster: min(place[n] for n in cluster))
+    return [sorted(pack) for pack in _fill(sizes, clusters, max_tokens)]
 
 
 def _cluster(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,15 +94,15 @@ def distinct_batch(trees: Sequence[StepTree], pairs: Sequence[Any], *, values: s
     B, L = len(ends), int(trie.depth[ends].max()) + 1 if len(ends) else 0
     input_ids = np.zeros((B, L), dtype=np.int64)
     lengths = trie.depth[ends] + 1
-    row_of = np.full(len(trie.token), -1, dtype=np.int64)  # any row that computes this position; prefixes agree
     for b, end in enumerate(ends.tolist()):
-        path = np.empty(lengths[b], dtype=np.int64)
         for t in range(int(lengths[b]) - 1, -1, -1):
-            path[t], end = end, trie.parent[end]
-        input_ids[b, :lengths[b]] = trie.token[path]
-        row_of[path] = b * L + np.arange(lengths[b])
+            input_ids[b, t], end = trie.token[end], trie.parent[end]
     sequence_end = np.repeat(np.arange(1, B + 1) * L, L)
-    batch = _steps(request, list(range(len(request.items))), unseen, trie.needed(ends), row_of)
+
+    def rows(positions: np.ndarray, step_ends: np.ndarray) -> np.ndarray:
+        return np.searchsorted(ends, step_ends) * L + trie.depth[positions]  # the first sequence through step_ends
+
+    batch = _steps(request, list(range(len(request.items))), unseen, trie.needed(ends), rows)
     batch.update(input_ids=torch.from_numpy(input_ids), subtree_end=torch.from_numpy(sequence_end),
                  position_ids=torch.arange(L).repeat(B, 1), lengths=torch.from_numpy(lengths))
     return batch
@@ -212,17 +212,18 @@ def _pack(request: Request, items: list[int], unseen: Unseen) -> StepBatch:
     trie = request.trie
     held = trie.needed(request.sequence_ends(items))
     T = int(held.sum())
-    before = np.concatenate([[0], np.cumsum(held)])  # held positions before position k
-    row_of = np.where(held, before[:-1], -1)
-    batch = _steps(request, items, unseen, held, row_of)
+    before = np.concatenate([[0], np.cumsum(held)])  # held positions before position k: its row
+    batch = _steps(request, items, unseen, held, lambda positions, _: before[positions])
     batch.update(input_ids=torch.from_numpy(trie.token[held]).reshape(1, T),
                  position_ids=torch.from_numpy(trie.depth[held]).reshape(1, T),
                  subtree_end=torch.from_numpy(before[trie.subtree_end[held]]))
     return batch
 
 
-def _steps(request: Request, items: list[int], unseen: Unseen, held: np.ndarray, row_of: np.ndarray) -> StepBatch:
-    """All of a batch but its token tensors. held: (T,) the trie positions it has; row_of: (T,) their rows."""
+def _steps(request: Request, items: list[int], unseen: Unseen, held: np.ndarray,
+           rows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> StepBatch:
+    """All of a batch but its token tensors. held: (T,) bool, the trie positions it has. rows(positions, step_ends): the
+    rows of positions on the paths of steps that end at step_ends."""
     trie, end = request.trie, request.trie.end
     pairs = request.pairs[[n for n in items if n < len(request.pairs)]]
     here, unseen.valued = _split(unseen.valued, held[end[unseen.valued]])
@@ -241,13 +242,13 @@ def _steps(request: Request, items: list[int], unseen: Unseen, held: np.ndarray,
     lengths = trie.depth[ends] + 1
     return StepBatch(
         input_ids=None, position_ids=None, subtree_end=None, lengths=None,
-        plan=StepPlan.from_predictions(row_of[trie.parent[positions]], trie.token[positions], ids, S),
-        pairs=torch.from_numpy(index[pairs]), value_positions=torch.from_numpy(row_of[end[steps]]),
+        plan=StepPlan.from_predictions(rows(trie.parent[positions], end[steps][ids]), trie.token[positions], ids, S),
+        pairs=torch.from_numpy(index[pairs]), value_positions=torch.from_numpy(rows(end[steps], end[steps])),
         value_targets=targets, ref_step_logps=_ref_logps(request, steps, pairs),
         sft_steps=torch.from_numpy(index[sft]), node_of_step=torch.from_numpy(request.node[steps]),
         counts=(len(pairs), len(here), len(sft)),
         path_lengths=(int(lengths.min()), int(lengths.max())) if len(ends) else (0, 0),
-        **_naive_runs(request, items, unseen, np.concatenate([pairs.ravel(), np.setdiff1d(sft, pairs)])))
+        **_naive_runs(request, items, unseen, np.concatenate([pairs.ravel(), np.setdiff1d(sft, request.pairs)])))
 
 
 def _naive_runs(request: Request, items: list[int], unseen: Unseen, scored: np.ndarray) -> dict[str, Any]:
