@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import svpo_kernels as sk
+
 from .race import Result
 
 RESULTS = pytest.StashKey[list]()
@@ -29,17 +31,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark):
-    """Takes results into the table; with the function that is ours, pytest-benchmark times it once more by itself."""
+    """`record(result, function)` takes a result into the table and lets pytest-benchmark time the function by itself.
 
-    def take(result: Result, function: Callable[[], Any] | None = None) -> Result:
-        request.config.stash[RESULTS].append(result)
+    A test calls it once; further results of the same test go to `record.again(result)`.
+    """
+
+    def take(result: Result, function: Callable[[], Any]) -> None:
+        take.again(result)
         benchmark.group = result.case
         benchmark.extra_info.update(asdict(result))
-        if function is not None:
-            benchmark.pedantic(function, rounds=3)
-        return result
+        benchmark.pedantic(function, rounds=3)
 
+    take.again = request.config.stash[RESULTS].append
     return take
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A benchmark of the reference, taken because the kernels are missing, would be a figure about nothing."""
+    plain = [op for op, report in sk.backends().items() if report["auto"] == "reference"]
+    if plain:
+        raise pytest.UsageError(f"no kernel runs here for {', '.join(plain)}: {sk.backends(plain[0])}")
 
 
 def machine() -> dict[str, str]:
