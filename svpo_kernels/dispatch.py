@@ -31,6 +31,10 @@ BACKENDS = ("auto", *FILES)
 
 library = torch.library.Library("svpo", "FRAGMENT")
 _families: dict[str, str] = {}
+_same_kernels = {
+    "dvo_loss": "svpo_loss",
+    "prm_scores_from_lm_head": "prm_scores",
+}  # public ops that run another's kernels
 
 
 def define(
@@ -125,10 +129,12 @@ def backends(op: str | None = None, *, device: str | torch.device | None = None)
     else "cpu". Returns `{"auto": name, "cpu": "usable" | reason, ...}` for fp32 tensors, or one such dict per op.
     Raises ValueError for an unknown op.
     """
+    known = sorted([*_families, *_same_kernels])
     if op is None:
-        return {name: backends(name, device=device) for name in sorted(_families)}
-    if op not in _families:
-        fail("backends", "op", "one of " + ", ".join(map(repr, sorted(_families))), describe(op))
+        return {name: backends(name, device=device) for name in known}
+    if op not in known:
+        fail("backends", "op", "one of " + ", ".join(map(repr, known)), describe(op))
+    op = _same_kernels.get(op, op)
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = {"auto": resolve(op, "auto", home, torch.float32)}
     for name in FILES:
