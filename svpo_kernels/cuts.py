@@ -41,8 +41,8 @@ def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[l
     """Items (each the ends it needs together) -> packs of item numbers of at most max_tokens positions each.
 
     One pack when all fits. Else, among items that are neighbours in depth-first order, the two clusters that share
-    most are merged until none fits; clusters are then filled up in that order, sharing or not. Packs come in depth-first
-    order of their first items, the items of a pack in the order given. An item that alone needs more than max_tokens
+    most are merged until none fits; clusters are then filled up in that order, sharing or not. Packs come depth first,
+    by their first items; the items of a pack in the order given. An item that alone needs more than max_tokens
     stays alone: the caller checks.
     """
     order = sorted(range(len(items)), key=lambda n: (max(items[n]), min(items[n])))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .attention import PackingError, decoder, model_inputs, text_config, unpackable, unwrap
 
 NOISE_FACTOR = 4.0  # a packed run may differ this many times more than two separate runs do
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+# and by this much where those two happen to agree: 8 u in low precision (a wrong mask shows as 0.1 and more)
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8}
 
 
 class PackingCheck(NamedTuple):
@@ -28,8 +29,8 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
 
     First what config and modules tell (see `unpackable`; also dropout and router noise in training mode), then the
     hidden states of the path that most would go wrong for (long, with many other rows in between), packed and alone.
-    The difference is judged against that of two separate runs of the path, alone and in a padded batch. A distinct
-    batch has nothing to check.
+    The difference is judged against that of two separate runs of the path, alone and padded to the pack's length. A
+    distinct batch has nothing to check.
 
     Raises PackingError (a ValueError and RuntimeError) with the figures and the layer type.
     """
@@ -43,7 +44,7 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
     packed_inputs, alone_inputs, padded_inputs = _runs(batch, model, path)
     packed = _hidden(model, packed_inputs)[-1][0, path]
     alone = _hidden(model, alone_inputs)[-1][0]
-    padded = _hidden(model, padded_inputs)[-1][0]
+    padded = _hidden(model, padded_inputs)[-1][0, :len(path)]
     floor = FLOOR[_run_dtype(alone)]
     error, allowed = _judge(model, packed, alone, padded, floor)
     if not error <= allowed:  # NaN is a difference too
@@ -66,13 +67,13 @@ def telling_path(batch: Any) -> Tensor:
 
 
 def _runs(batch: Any, model: nn.Module, path: Tensor) -> tuple[dict[str, Any], ...]:
-    """Inputs of the pack, of the path alone, and of the path in a padded batch beside its own first half."""
+    """Inputs of the pack, of the path alone, and of the path padded to the pack's length by its last token."""
+    T, L = batch.input_ids.shape[1], len(path)
+    positions = torch.arange(T, device=path.device)[None]
     ids = batch.input_ids[:, path]
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    mask = torch.ones(2, ids.shape[1], dtype=torch.int64, device=ids.device)
-    mask[1, (ids.shape[1] + 1) // 2:] = 0
-    return (model_inputs(batch, model), {"input_ids": ids, "position_ids": positions},
-            {"input_ids": ids.repeat(2, 1), "position_ids": positions.repeat(2, 1), "attention_mask": mask})
+    padded = torch.cat([ids, ids[:, -1:].expand(1, T - L)], dim=1)
+    return (model_inputs(batch, model), {"input_ids": ids, "position_ids": positions[:, :L]},
+            {"input_ids": padded, "position_ids": positions.clamp_max(L - 1), "attention_mask": (positions < L).long()})
 
 
 def _hidden(model: nn.Module, inputs: dict[str, Any], every: bool = False) -> tuple[Tensor, ...]:
@@ -114,7 +115,7 @@ def _where(model: nn.Module, packed: dict[str, Any], alone: dict[str, Any], padd
     types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
     layers = getattr(decoder(model), "layers", None) or getattr(decoder(model), "h", None) or ()
     for i, (p, a, n) in enumerate(zip(*runs, strict=True)):
-        error, allowed = _judge(model, p[0, path], a[0], n[0], FLOOR[_run_dtype(a)])
+        error, allowed = _judge(model, p[0, path], a[0], n[0, :len(path)], FLOOR[_run_dtype(a)])
         if not error <= allowed:
             if i == 0:
                 return "the embedding (position ids)"
