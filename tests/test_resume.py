@@ -1,0 +1,165 @@
+"""A run that is killed and started again ends bit by bit where the uninterrupted run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tokenizers_
+import torch
+import yaml
+from tiny_models import SMALL
+from tiny_trees import all_texts, real_texts
+from training_ import make_trainer, small_lm, unequal_data
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from svpo_kernels.trainer import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def svpo(*words, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-m", "svpo_kernels.trainer.cli", *map(str, words)], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def tensors(folder):
+    """All weights of a model directory: model and value head."""
+    found = {}
+    for name in ("model.safetensors", checkpoint.VALUE_HEAD):
+        found.update(safetensors.torch.load_file(folder / name))
+    return found
+
+
+def assert_bitwise(folder, other):
+    ours, theirs = tensors(folder), tensors(other)
+    assert ours.keys() == theirs.keys() and "v_head.summary.weight" in ours
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def real_run(shared_data, tmp_path_factory):
+    """A configuration on the real trees: tiny Llama, tokenizer trained on their text."""
+    folder = tmp_path_factory.mktemp("real")
+    tokenizer = tokenizers_.qwen(all_texts(real_texts(shared_data / "aps_trees.jsonl")), vocab_size=700)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | dict(vocab_size=len(tokenizer), max_position_embeddings=2048))
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    settings = dict(model_name_or_path=str(folder / "model"), train_file=str(shared_data / "aps_trees.jsonl"),
+                    pair_rule="all", min_gap=0.6, same_kind=False, pairs_per_step=24, max_tokens=1500, max_steps=10,
+                    save_steps=2, save_total_limit=2, learning_rate=1e-3, preset="svpo", use_cpu=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_on_real_trees(real_run):
+    config = real_run / "run.yaml"
+    whole = svpo("train", config, f"output_dir={real_run / 'whole'}")
+    killed = real_run / "killed"
+    run = svpo("train", config, f"output_dir={killed}")
+    deadline = time.monotonic() + 280
+    while not (killed / "checkpoint-4" / checkpoint.MANIFEST).is_file():
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0][-3000:]
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and not (killed / "model.safetensors").exists()
+    again = svpo("train", config, f"output_dir={killed}")
+    outputs = [process.communicate(timeout=280)[0] for process in (again, whole)]
+    assert again.returncode == whole.returncode == 0, outputs
+    assert "resuming from" in outputs[0] and "resuming from" not in outputs[1]
+    assert_bitwise(killed, real_run / "whole")
+    assert [path.name for path in checkpoint.checkpoints(killed)] == ["checkpoint-10", "checkpoint-8"]
+    steps = [yaml.safe_load(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 11), 10]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "packing": "distinct"}])
+def test_resume_in_the_middle_of_an_epoch(tmp_path, settings):
+    settings = dict(pairs_per_step=9, max_steps=7, save_strategy="steps", save_steps=3, value_head_learning_rate=0.05,
+                    lr_scheduler_type="cosine", **settings)
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    whole.save_model(str(tmp_path / "whole"))
+    again = make_trainer(tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert len(again.gradients.steps) == 4
+    again.save_model(str(tmp_path / "again"))
+    assert_bitwise(tmp_path / "again", tmp_path / "whole")
+
+
+def test_torn_checkpoints_are_passed_over(tmp_path):
+    trainer = make_trainer(tmp_path, pairs_per_step=9, max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.train()
+    newest = [tmp_path / f"checkpoint-{step}" for step in (4, 3, 2)]
+    (newest[0] / checkpoint.MANIFEST).unlink()
+    weights = newest[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    path, notes = checkpoint.newest_complete(tmp_path)
+    assert path == newest[2]
+    assert [note.split(":")[0] for note in notes] == ["checkpoint-4 is passed over", "checkpoint-3 is passed over"]
+    assert "does not match its hash" in notes[1]
+    with pytest.raises(ValueError, match="checkpoint-3.*model.safetensors does not match its hash"):
+        make_trainer(tmp_path, pairs_per_step=9).train(resume_from_checkpoint=str(newest[1]))
+
+
+def test_another_plan_is_refused(tmp_path):
+    make_trainer(tmp_path, pairs_per_step=9, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="pairs_per_step was 9 and is 10"):
+        make_trainer(tmp_path, pairs_per_step=10, max_steps=2).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="data was"):
+        make_trainer(tmp_path, pairs_per_step=9, max_steps=2, data=unequal_data(((2, 3),))).train(
+            resume_from_checkpoint=True)
+
+
+def test_checkpoint_loads_as_it_is(tmp_path):
+    """AutoModelForCausalLM takes the directory unchanged; the value head has the keys others read."""
+    lm = small_lm()
+    trainer = make_trainer(tmp_path, lm=lm, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    head = torch.load(tmp_path / "checkpoint-1" / "value_head.pth", weights_only=True)
+    assert {name: tuple(t.shape) for name, t in head.items()} == {"v_head.summary.weight": (1, 32),
+                                                                  "v_head.summary.bias": (1,)}
+    assert torch.equal(head["v_head.summary.weight"], trainer.model.v_head.summary.weight)
+
+
+def test_adapters_resume_and_load(tmp_path):
+    """LoRA: the reference is the model without adapters, the checkpoint is an adapter that AutoModel loads."""
+    from svpo_kernels.trainer.model import add_adapters
+    from training_ import make_config
+
+    small_lm().save_pretrained(tmp_path / "base")
+
+    def trainer():
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(3)
+        lm = add_adapters(make_config(tmp_path, peft="lora", lora_r=4), lm)
+        return make_trainer(tmp_path / "run", lm=lm, pairs_per_step=9, max_steps=4, save_strategy="steps", save_steps=2,
+                            learning_rate=1e-2)
+
+    whole = trainer()
+    whole.train()
+    assert all("lora_" in name or name.startswith("v_head") for name in whole.gradients.steps[0])
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for (name, ours), (_, theirs) in zip(again.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    ids = torch.arange(1, 9)[None]
+    assert torch.allclose(loaded(ids).logits, whole.model.lm(ids).logits, atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not torch.allclose(loaded(ids).logits, base(ids).logits, atol=1e-4)
