@@ -258,8 +258,8 @@ def check_layout(op: str, labels: Tensor, step_ids: Tensor | None, shift: int | 
         fail(op, "shift", "0 or 1", shift)
     if labels.dim() not in (1, 2):
         fail(op, "labels", "(B, L) or (T,)", labels)
-    if step_ids is not None and step_ids.shape != labels.shape:
-        fail(op, "step_ids", f"shaped like labels {tuple(labels.shape)}", step_ids)
+    if step_ids is not None and (step_ids.shape != labels.shape or step_ids.device != labels.device):
+        fail(op, "step_ids", f"shaped like labels {tuple(labels.shape)} and on {labels.device}", step_ids)
 
 
 def check_num_steps(op: str, num_steps: int | None, step_ids: Tensor) -> int:

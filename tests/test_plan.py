@@ -76,7 +76,7 @@ def test_pad_to_adds_only_padding() -> None:
         (
             dict(labels=[[1]], step_ids=[0], shift=0),
             ValueError,
-            r"step_ids must be shaped like labels \(1, 1\), got \(1,\)",
+            r"step_ids must be shaped like labels \(1, 1\) and on cpu, got \(1,\)",
         ),
         (
             dict(labels=[[[1]]], step_ids=None, shift=0),

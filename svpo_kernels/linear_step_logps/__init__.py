@@ -233,9 +233,9 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _compact(
     labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device
 ) -> PlanTensors:
-    """The tensor form without its unscored rows, so that no product is spent on them."""
-    labels, step_ids = (None if t is None else t.to(device) for t in (labels, step_ids))
-    return PlanTensors(*torch.ops.svpo.compact_plan(labels, step_ids, shift, num_steps))
+    """The tensor form without its unscored rows, so that no product is spent on them; made where the labels are."""
+    *plan, bounds = torch.ops.svpo.compact_plan(labels, step_ids, shift, num_steps)
+    return PlanTensors(*(index.to(device) for index in plan), bounds)
 
 
 def _spread(out: Tensor, labels: Tensor, step_ids: Tensor | None, shift: int) -> Tensor:

@@ -234,8 +234,10 @@ def as_plan(
 def _dense(
     labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None, device: torch.device
 ) -> PlanTensors:
-    """The tensor form as it stands, unscored rows included: nothing is read when num_steps is known."""
+    """The tensor form as it stands, unscored rows included: nothing is read when num_steps is known.
+
+    Made where the labels are: index tensors on the CPU are checked before they are copied.
+    """
     if num_steps is None:
         num_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0
-    labels, step_ids = (None if t is None else t.to(device) for t in (labels, step_ids))
-    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=max(num_steps, 0)).tensors
+    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=max(num_steps, 0)).to(device).tensors
