@@ -147,6 +147,7 @@ BAD_ROWS = [
         "value out of range",
         "visit_count must be at least 0, got -1",
     ),
+    ("flat_tree", flat("0.0", prior=float("nan")), "value is NaN", "prior must be a number or null, got NaN"),
     ("flat_tree", flat("0.0", prior="p"), "wrong type", "prior must be int or float"),
     (
         "flat_tree",
@@ -211,7 +212,7 @@ BAD_ROWS = [
         "rstar_pairs",
         changed("rstar_pairs", pos_count="3"),
         "wrong type",
-        "pos_count must be int, got str '3'",
+        "pos_count must be int or float, got str '3'",
     ),
     ("rstar_pairs", changed("rstar_pairs", neg=" "), "empty text", "neg is empty"),
     ("prm800k", changed("prm800k", label={}), "missing key", "label: key 'steps' is missing"),

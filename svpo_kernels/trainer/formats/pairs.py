@@ -16,8 +16,8 @@ from .record import (
     Record,
     RowProblem,
     need,
-    need_count,
     need_messages,
+    need_number,
     need_text,
     need_type,
     states_answer,
@@ -70,7 +70,7 @@ def read_rstar(row: dict[str, Any], options: ReadOptions) -> Record:
     pos, neg = need_text(need(row, "pos"), "pos"), need_text(need(row, "neg"), "neg")
     ends = tuple(not text.rstrip().endswith(_STEP_END) for text in (pos, neg))
     record = _pair(_prompt(need(row, "prompt")), "", pos, neg, ("pos", "neg"), ends)
-    record.meta = {key: need_count(row.get(key), key) for key in ("pos_count", "neg_count")}
+    record.meta = {key: need_number(row.get(key), key, at_least=0) for key in ("pos_count", "neg_count")}
     return record
 
 

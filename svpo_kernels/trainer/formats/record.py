@@ -169,12 +169,15 @@ def need_value(value: Any, scale: ValueScale, name: str, *, bools: bool = False)
     return scale.to_unit(float(value))
 
 
-def need_count(value: Any, name: str) -> int | None:
-    """A count that is an integer of at least 0, or None."""
+def need_number(value: Any, name: str, *, at_least: float = -math.inf) -> float | None:
+    """A number of at least `at_least`, or None for null. NaN is refused."""
     if value is None:
         return None
-    if need_type(value, int, name) < 0:
-        raise RowProblem("value out of range", f"{name} must be at least 0, got {value}")
+    need_type(value, (int, float), name)
+    if math.isnan(value):
+        raise RowProblem("value is NaN", f"{name} must be a number or null, got NaN")
+    if value < at_least:
+        raise RowProblem("value out of range", f"{name} must be at least {at_least:g}, got {value!r}")
     return value
 
 

@@ -14,7 +14,7 @@ from .record import (
     ValueScale,
     is_terminal,
     need,
-    need_count,
+    need_number,
     need_text,
     need_type,
     need_value,
@@ -81,8 +81,8 @@ def read_flat(row: dict[str, Any], options: ReadOptions) -> Record:
 
     Nodes keep the file's order, parents moved before children. A node is unlabelled when its q_value is missing, null
     or -100, or when its `value` is -100: the searches that write this format set `value` on a node's first visit, and
-    report q_value 0 for a node they never visited. A leaf with a `final_answer` is terminal, unless the search wrote
-    there that it gave up.
+    report q_value 0 for a node they never visited. (A value_range that includes -100 takes it for a value.) A leaf
+    with a `final_answer` is terminal, unless the search wrote there that it gave up.
     """
     question = need_text(need(row, "question"), "question")
     key = "rstar" if "rstar" in row else "react"
@@ -105,9 +105,8 @@ def read_flat(row: dict[str, Any], options: ReadOptions) -> Record:
             index[tag] = _root(node, nodes, question, record)
             continue
         answer = states[tag].get("final_answer")
-        ends = (
-            tag not in inner and isinstance(answer, str) and bool(answer.strip()) and answer not in _GAVE_UP
-        )
+        answered = answer is not None and str(answer).strip() not in ("", *_GAVE_UP)
+        ends = answered and tag not in inner
         index[tag] = len(nodes)
         nodes.append(StepNode(index[_parent(tag)], terminal=ends, **node))
     if not nodes:
@@ -136,18 +135,13 @@ def _flat_node(state: Any, where: str, scale: ValueScale, is_root: bool) -> dict
     need_type(state, dict, where)
     text = state.get("text", "") if is_root else need(state, "text", f"{where}: ")
     text = need_text("" if is_root and text is None else text, f"{where}.text", allow_empty=is_root)
-    value, q_value = state.get("value"), state.get("q_value")
-    if value is not None:
-        need_type(value, (int, float), f"{where}.value")
-    unset = value == UNSET or (q_value == UNSET and not isinstance(q_value, bool))
-    prior = state.get("prior")
-    if prior is not None:
-        need_type(prior, (int, float), f"{where}.prior")
+    value, q_value = need_number(state.get("value"), f"{where}.value"), state.get("q_value")
+    unset = UNSET in (value, q_value) and not scale.low <= UNSET <= scale.high
     return {
         "text": text,
         "q_value": None if unset else need_value(q_value, scale, f"{where}.q_value"),
-        "visits": need_count(state.get("visit_count"), f"{where}.visit_count"),
-        "prior": prior,
+        "visits": need_number(state.get("visit_count"), f"{where}.visit_count", at_least=0),
+        "prior": need_number(state.get("prior"), f"{where}.prior"),
     }
 
 
