@@ -240,7 +240,7 @@ def test_flat_tree_takes_minus_100_for_a_value_only_on_a_scale_that_has_it(tmp_p
     row = changed("flat_tree")
     row["rstar"]["0.0"]["q_value"] = row["rstar"]["0.1"]["q_value"] = -100
     record = read_one(tmp_path, row, value_range=(-100, 100))
-    assert [node.q_value for node in record.nodes] == [-1.0, -1.0, 0.01, -0.01]
+    assert [node.q_value for node in record.nodes] == pytest.approx([-1.0, -1.0, 0.01, -0.01])
 
 
 def test_flat_tree_reads_children_that_stand_before_their_parent(tmp_path):
