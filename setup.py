@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,10 +69,11 @@ class BuildExt(build_ext):
         for isa, flags in isas.items():
             own = [*KERNEL_FLAGS, f"-I{CSRC}", f"-DSVPO_ISA={isa}", f"-DSVPO_FOR_{isa.upper()}=1", *flags]
             jobs += [(source, isa, own) for source in ext.sources if Path(source).parent == CSRC / "cpu"]
+        self.changed = False
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile_one(*job[:2], [*job[2], *defines]), jobs))
         target = self.get_ext_fullpath(ext.name)
-        if self.force or not up_to_date(Path(target), [Path(name) for name in objects]):
+        if self.changed or not up_to_date(Path(target), [Path(name) for name in objects]):
             os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
             self.compiler.link_shared_object(objects, target, target_lang="c++",
                                              extra_postargs=shlex.split(os.environ.get("LDFLAGS", "")))
@@ -86,8 +88,13 @@ class BuildExt(build_ext):
         same = stamp.exists() and stamp.read_text() == digest and made.exists()
         if self.force or not same or not up_to_date(target, read_dependencies(made)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([*command, "-MMD", "-MF", str(made), "-c", source, "-o", str(target)])
+            began, unfinished = time.time(), target.with_suffix(f".{os.getpid()}.o")
+            self.spawn([*command, "-MMD", "-MF", str(made), "-MT", target.name, "-c", source, "-o", str(unfinished)])
+            # Dated when the compiler began to read: an edit made meanwhile counts as newer.
+            os.utime(unfinished, (began, began))
+            os.replace(unfinished, target)
             stamp.write_text(digest)
+            self.changed = True
         return str(target)
 
 

@@ -21,7 +21,7 @@ enum svpo_reduction { SVPO_SUM = 0, SVPO_MEAN = 1, SVPO_NONE = 2 };
 
 extern "C" {
 
-// exp and tanh of the vector library on (n,) fp32, for tests. function: 0 exp, 1 tanh.
+// exp, tanh or 2^x of the vector library on (n,) fp32, for tests. function: 0 exp, 1 tanh, 2 2^x.
 SVPO_CPU_OP(elementwise, const float* x, float* out, int64_t n, int function);
 
 // out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,) fp32 from logits with row r of the flattened (B * L) at
@@ -98,5 +98,41 @@ SVPO_CPU_OP(aggregate_scores_fwd, const void* scores, int dtype, const void* off
 // grad_scores (S,), every element.
 SVPO_CPU_OP(aggregate_scores_bwd, const float* grad, const void* scores, int dtype, const void* offsets, int wide,
             int64_t S, int64_t B, const float* out, const int64_t* chosen, int how, void* grad_scores, int threads);
+
+// -- linear_step_logps: the passes between the products; meanings in svpo_kernels/linear_step_logps/products.py ------
+
+// label_z0 (N,): h[r] . weight[label] + bias[label] in fp32, once per distinct (row, label); 0 for padding.
+SVPO_CPU_OP(label_dots, const void* h, const void* weight, const void* bias, int dtype, int64_t D, int64_t stride_h,
+            int64_t stride_w, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, int64_t R, int64_t N, int64_t vocab_size, float* label_z0, int threads);
+
+// Rows [first_row, last_row) of z (c, vocab_size): logp, row_max and row_logsum, and with `unit` z becomes U.
+// unit_only: the statistics are given.
+SVPO_CPU_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
+            const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
+            int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap, float* logp,
+            float* row_max, float* row_logsum, int unit, int unit_only, int threads);
+
+// out (S,) or (N,) from logp (N,).
+SVPO_CPU_OP(reduce_steps, const float* logp, const int64_t* step_order, const int64_t* step_start, int64_t N, int64_t S,
+            int reduction, float* out, int threads);
+
+// g (N,): upstreams with equal (row, label) merged into the first, 0 elsewhere; G (R,) their sums per row.
+SVPO_CPU_OP(row_grads, const float* grad_out, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S,
+            int reduction, float* g, float* G, int threads);
+
+// out (c, D) contiguous = G uw + sum_n g_n (J[l_n] W[l_n] - J[l*] W[l*]) for rows [first_row, last_row).
+SVPO_CPU_OP(branch_hidden, const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw,
+            int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start,
+            const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
+            const float* logp, const float* g, const float* G, int64_t vocab_size, double temperature, double softcap,
+            int threads);
+
+// dweight (V, D) in dtype_w and dbias (V,), each may be null: += g_n J[l_n] h at l_n and the opposite at l*.
+SVPO_CPU_OP(branch_weight, void* dweight, float* dbias, const void* h, int dtype_w, int dtype, int64_t D,
+            int64_t stride_dw, int64_t stride_h, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, int64_t R, int64_t N, const float* label_z0, const float* logp, const float* g,
+            int64_t vocab_size, double temperature, double softcap, int threads);
 
 }  // extern "C"

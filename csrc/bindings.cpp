@@ -82,6 +82,12 @@ PYBIND11_MODULE(_C, m) {
   SVPO_BIND(elementwise);
   SVPO_BIND(step_logps_fwd);
   SVPO_BIND(step_logps_bwd);
+  SVPO_BIND(label_dots);
+  SVPO_BIND(linear_rows);
+  SVPO_BIND(reduce_steps);
+  SVPO_BIND(row_grads);
+  SVPO_BIND(branch_hidden);
+  SVPO_BIND(branch_weight);
   SVPO_BIND(svpo_loss_fwd);
   SVPO_BIND(svpo_loss_bwd);
   SVPO_BIND(prm_scores_fwd);

@@ -1,0 +1,205 @@
+// The passes between the matrix products of linear_step_logps (svpo_kernels/linear_step_logps/products.py).
+//
+// h (R, D) are the gathered hidden rows, z a chunk (c, V) of products h W^T + b in the input dtype. The label columns of
+// z are rounded, so their logits are taken from exact fp32 dots instead (label_z0).
+#include <stdlib.h>
+
+#include "steps.h"
+
+namespace {
+
+constexpr int64_t kSlice = 1024;  // columns of D whose fp32 sums stay in L1
+
+// The share of a branching row's gradient that is not a multiple of U: at each label n != l* g_n J, and at l* the same
+// of opposite sign, -sum of g_n times its own J. Calls body(label, coefficient); a row with one label has none.
+template <class Body>
+void branch_terms(const Plan& plan, RowLabels own, const RowGrad& grad, const float* merged, const float* label_z0,
+                  double temperature, double softcap, const Body& body) {
+  if (own.count < 2) return;
+  for (int64_t i = 0; i < own.count; ++i) {
+    const int64_t n = own.order[i];
+    const double g = n == grad.likely ? -grad.others : static_cast<double>(merged[n]);
+    body(plan.labels[n], g * svpo_logit_slope(label_z0[n], temperature, softcap));
+  }
+}
+
+// out += coefficient * row, n elements in fp32.
+template <class T>
+void add_scaled(float* out, const T* row, float coefficient, int64_t n) {
+  const Vec c = set1(coefficient);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, fma(c, load(row + i), load(out + i)));
+  if (i < n) {
+    const int left = static_cast<int>(n - i);
+    store_n(out + i, fma(c, load_n(row + i, left, 0.0f), load_n(out + i, left, 0.0f)), left);
+  }
+}
+
+// out = factor * row, between any storage formats.
+template <class A, class B>
+void scale_row(A* out, const B* row, float factor, int64_t n) {
+  const Vec c = set1(factor);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, c * load(row + i));
+  if (i < n) {
+    const int left = static_cast<int>(n - i);
+    store_n(out + i, c * load_n(row + i, left, 0.0f), left);
+  }
+}
+
+// One term of dW: coefficient * h[row] goes to row `label`.
+struct Term {
+  int64_t label, row;
+  double coefficient;
+};
+
+int compare_terms(const void* a, const void* b) {
+  const Term &x = *static_cast<const Term*>(a), &y = *static_cast<const Term*>(b);
+  if (x.label != y.label) return x.label < y.label ? -1 : 1;
+  return x.row < y.row ? -1 : x.row > y.row;
+}
+
+}  // namespace
+
+extern "C" int SVPO_ENTRY(label_dots)(
+    const void* h, const void* weight, const void* bias, int dtype, int64_t D, int64_t stride_h, int64_t stride_w,
+    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+    int64_t vocab_size, float* label_z0, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  return for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t n = 0; n < N; ++n) label_z0[n] = 0.0f;
+    for_each(R, 4, N * D, threads, [&](int64_t r) {
+      if (plan.rows[r] < 0) return;
+      const T* const row = static_cast<const T*>(h) + r * stride_h;
+      for (int64_t n = row_start[r]; n < row_start[r + 1]; ++n) {
+        const int64_t l = labels[n];
+        if (first[n] != n || l < 0 || l >= vocab_size) continue;
+        const double z0 = dot(row, static_cast<const T*>(weight) + l * stride_w, D);
+        label_z0[n] = static_cast<float>(bias ? z0 + to_float(static_cast<const T*>(bias)[l]) : z0);
+      }
+      for (int64_t n = row_start[r]; n < row_start[r + 1]; ++n) label_z0[n] = label_z0[first[n]];
+    });
+    return SVPO_OK;
+  });
+}
+
+extern "C" int SVPO_ENTRY(linear_rows)(
+    void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, const int64_t* rows,
+    const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
+    int64_t vocab_size, double temperature, double softcap, float* logp, float* row_max, float* row_logsum, int unit,
+    int unit_only, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const RowStats stats = {logp, row_max, row_logsum};
+  const Transform t = make_transform(temperature, softcap);
+  return for_dtype_and_mode(dtype, t.mode, [&](auto type, auto tag) {
+    using T = decltype(type);
+    T* const chunk = static_cast<T*>(z);
+    auto row = [&](int64_t r) -> T* { return rows[r] < 0 ? nullptr : chunk + (r - first_row) * stride_z; };
+    for (int64_t r = first_row; unit && r < last_row; ++r)
+      if (rows[r] < 0) memset(static_cast<void*>(chunk + (r - first_row) * stride_z), 0, vocab_size * sizeof(T));
+    return score_rows<T, decltype(tag)::mode>(plan, first_row, last_row, row, label_z0, vocab_size, t, stats, unit,
+                                              unit_only, threads);
+  });
+}
+
+extern "C" int SVPO_ENTRY(reduce_steps)(const float* logp, const int64_t* step_order, const int64_t* step_start,
+                                        int64_t N, int64_t S, int reduction, float* out, int threads) {
+  reduce_to_steps(logp, step_order, step_start, N, S, reduction, out, threads);
+  return SVPO_OK;
+}
+
+extern "C" int SVPO_ENTRY(row_grads)(
+    const float* grad_out, const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first,
+    const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S, int reduction, float* g,
+    float* G, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const Upstream upstream = {grad_out, step_ids, step_start, S, reduction};
+  for (int64_t n = R ? row_start[R] : 0; n < N; ++n) g[n] = 0.0f;
+  for_each(R, 1024, N * 16, threads, [&](int64_t r) {
+    merge_upstream(plan, r, upstream, g);
+    double total = 0.0;
+    for (int64_t n = row_start[r]; n < row_start[r + 1]; ++n) total += g[n];
+    G[r] = static_cast<float>(total);
+  });
+  return SVPO_OK;
+}
+
+extern "C" int SVPO_ENTRY(branch_hidden)(
+    const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw, int64_t stride_w,
+    int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+    const int64_t* first, int64_t R, int64_t N, const float* label_z0, const float* logp, const float* g, const float* G,
+    int64_t vocab_size, double temperature, double softcap, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const int64_t count = last_row - first_row, base = count > 0 ? row_start[first_row] : 0;
+  Scratch<int64_t> order(count > 0 ? row_start[last_row] - base : 0);
+  if (!order.data) return SVPO_NO_MEMORY;
+  return for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    for_each(count, 4, count * D, threads, [&](int64_t i) {
+      const int64_t r = first_row + i;
+      const T* const source = static_cast<const T*>(uw) + i * stride_uw;
+      T* const target = static_cast<T*>(out) + i * D;
+      const RowLabels own = sort_labels(plan, r, vocab_size, order.data + row_start[r] - base);
+      if (own.count < 2) return scale_row(target, source, G[r], D);
+      const RowGrad grad = row_grad(own, logp, g);
+      alignas(64) float sum[kSlice];
+      for (int64_t d = 0; d < D; d += kSlice) {
+        const int64_t width = D - d < kSlice ? D - d : kSlice;
+        scale_row(sum, source + d, G[r], width);
+        branch_terms(plan, own, grad, g, label_z0, temperature, softcap, [&](int64_t l, double c) {
+          add_scaled(sum, static_cast<const T*>(weight) + l * stride_w + d, static_cast<float>(c), width);
+        });
+        scale_row(target + d, sum, 1.0f, width);
+      }
+    });
+    return SVPO_OK;
+  });
+}
+
+extern "C" int SVPO_ENTRY(branch_weight)(
+    void* dweight, float* dbias, const void* h, int dtype_w, int dtype, int64_t D, int64_t stride_dw, int64_t stride_h,
+    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+    const float* label_z0, const float* logp, const float* g, int64_t vocab_size, double temperature, double softcap,
+    int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  Scratch<int64_t> order(N), starts(N + 1);
+  Scratch<Term> terms(N);
+  if (!order.data || !starts.data || !terms.data) return SVPO_NO_MEMORY;
+  int64_t count = 0, groups = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    if (rows[r] < 0 || row_start[r + 1] - row_start[r] < 2) continue;
+    const RowLabels own = sort_labels(plan, r, vocab_size, order.data + row_start[r]);
+    branch_terms(plan, own, row_grad(own, logp, g), g, label_z0, temperature, softcap,
+                 [&](int64_t l, double c) { terms[count++] = {l, r, c}; });
+  }
+  // By label, then row: each row of dW is summed in fp32 by one task, in a fixed order, and rounded once.
+  qsort(terms.data, count, sizeof(Term), compare_terms);
+  for (int64_t i = 0; i < count; ++i)
+    if (i == 0 || terms[i].label != terms[i - 1].label) starts[groups++] = i;
+  starts[groups] = count;
+  for (int64_t group = 0; dbias && group < groups; ++group) {
+    double sum = 0.0;
+    for (int64_t i = starts[group]; i < starts[group + 1]; ++i) sum += terms[i].coefficient;
+    dbias[terms[starts[group]].label] += static_cast<float>(sum);
+  }
+  if (!dweight) return SVPO_OK;
+  const int64_t slices = (D + kSlice - 1) / kSlice;
+  return for_dtype(dtype, [&](auto type) {
+    return for_dtype(dtype_w, [&](auto type_w) {
+      using T = decltype(type);
+      using W = decltype(type_w);
+      for_each(groups * slices, 1, count * D, threads, [&](int64_t task) {
+        const int64_t group = task / slices, d = task % slices * kSlice, width = D - d < kSlice ? D - d : kSlice;
+        W* const target = static_cast<W*>(dweight) + terms[starts[group]].label * stride_dw + d;
+        alignas(64) float sum[kSlice];
+        scale_row(sum, target, 1.0f, width);
+        for (int64_t i = starts[group]; i < starts[group + 1]; ++i)
+          add_scaled(sum, static_cast<const T*>(h) + terms[i].row * stride_h + d,
+                     static_cast<float>(terms[i].coefficient), width);
+        scale_row(target, sum, 1.0f, width);
+      });
+      return SVPO_OK;
+    });
+  });
+}

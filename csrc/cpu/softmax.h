@@ -1,0 +1,183 @@
+// Softmax over runs of columns: maximum and sum in one read from memory, and the gradient.
+//
+//   z = scale * x,  x = z0, or tanh(z0 / softcap) with scale = softcap / temperature
+#pragma once
+
+#include "../numerics.h"
+#include "simd_math.h"
+
+namespace {
+
+constexpr int kBlock = 2048;  // columns between two looks at the maximum: 8 KiB of fp32 stay in L1
+
+constexpr double kLog2E = 1.4426950408889634;
+
+enum Mode { kPlain, kScaled, kCapped };
+
+// Powers are taken to base 2: exp(z - m) = 2^(high x + low x - m2) * fix. A plain row leaves `low` out: log2(e) rounded
+// to fp32 acts like a temperature of 1 + 1e-8.
+struct Transform {
+  Mode mode;
+  double temperature, softcap, scale;
+  float high, low;              // scale * log2(e) = high + low, both positive: an infinite x never meets 0 * inf
+  float twice_high, twice_low;  // 2 / softcap, likewise
+};
+
+inline void split(double value, float* high, float* low) {
+  *high = static_cast<float>(value);
+  if (static_cast<double>(*high) > value) *high = __builtin_nextafterf(*high, 0.0f);
+  *low = static_cast<float>(value - static_cast<double>(*high));
+  if (!(*low > 1e-37f)) *low = 1e-37f;
+}
+
+inline Transform make_transform(double temperature, double softcap) {
+  Transform t = {};
+  t.mode = softcap > 0.0 ? kCapped : temperature != 1.0 ? kScaled : kPlain;
+  t.temperature = temperature, t.softcap = softcap;
+  t.scale = (softcap > 0.0 ? softcap : 1.0) / temperature;
+  split(t.scale * kLog2E, &t.high, &t.low);
+  if (t.mode == kPlain) t.high = static_cast<float>(kLog2E), t.low = 0.0f;
+  if (softcap > 0.0) split(2.0 / softcap, &t.twice_high, &t.twice_low);
+  return t;
+}
+
+template <Mode mode_>
+struct ModeTag { static constexpr Mode mode = mode_; };
+
+// Calls body(T{}, ModeTag<mode>{}) for a dtype code and a mode.
+template <class Body>
+int for_dtype_and_mode(int dtype, Mode mode, const Body& body) {
+  return for_dtype(dtype, [&](auto type) {
+    if (mode == kPlain) return body(type, ModeTag<kPlain>{});
+    if (mode == kScaled) return body(type, ModeTag<kScaled>{});
+    return body(type, ModeTag<kCapped>{});
+  });
+}
+
+// x of raw logits.
+template <Mode mode>
+SVPO_INLINE Vec transformed(Vec z0, const Transform& t) {
+  if (mode != kCapped) return z0;
+  return vtanh_of_half(fma(z0, set1(t.twice_low), z0 * set1(t.twice_high)));
+}
+
+// Base-2 exponent of x against a maximum: m2 is m * log2(e) in fp32, `fix` what its rounding and that of `high` cost.
+struct Reference {
+  float minus_m2;
+  double fix;
+};
+
+inline Reference reference(const Transform& t, float m) {
+  const double exact = m * (t.mode == kPlain ? static_cast<double>(t.high) : kLog2E);
+  const float m2 = static_cast<float>(exact);
+  return {-m2, exp2(m2 - exact)};
+}
+
+template <Mode mode>
+SVPO_INLINE Vec power(Vec x, Vec minus_m2, const Transform& t) {
+  const Vec coarse = fma(set1(t.high), x, minus_m2);
+  return vexp2(mode == kPlain ? coarse : fma(set1(t.low), x, coarse));
+}
+
+// Maximum m of z and sum s of exp(z - m) of some columns. Nothing seen yet: m = -inf, s = 0.
+struct Partial {
+  double s;
+  float m;
+};
+
+// A finite stand-in for m where all z seen are -inf, so that their sum is 0 and not NaN.
+SVPO_INLINE float finite_max(float m) { return m == -__builtin_inff() ? 0.0f : m; }
+
+inline void rescale(Partial& sum, float m) {
+  if (!(m > sum.m)) return;
+  if (sum.s != 0.0) sum.s *= exp(static_cast<double>(finite_max(sum.m)) - static_cast<double>(m));
+  sum.m = m;
+}
+
+inline void add_partial(Partial& sum, Partial more) {
+  rescale(sum, more.m);
+  if (more.s != 0.0) sum.s += more.s * exp(static_cast<double>(finite_max(more.m)) - finite_max(sum.m));
+}
+
+// Whether the maximum's pass leaves x in a buffer for the sum's pass: where x costs more than a load.
+template <Mode mode, class T>
+constexpr bool kStash = mode == kCapped || sizeof(T) < sizeof(float);
+
+// Largest x of a block; NaN is passed over (the sum catches it).
+template <Mode mode, class T>
+SVPO_INLINE float block_max(const T* z0, int n, const Transform& t, float* stash) {
+  Vec top[4];
+  for (int k = 0; k < 4; ++k) top[k] = set1(-__builtin_inff());
+  int i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int k = 0; k < 4; ++k) {
+      const Vec x = transformed<mode>(load(z0 + i + k * kWidth), t);
+      if (kStash<mode, T>) store(stash + i + k * kWidth, x);
+      top[k] = max(x, top[k]);
+    }
+  for (; i < n; i += kWidth) {
+    const int left = n - i < kWidth ? n - i : kWidth;
+    const Vec x = transformed<mode>(load_n(z0 + i, left, -__builtin_inff()), t);
+    if (kStash<mode, T>) store_n(stash + i, x, left);
+    // A capped filling is -1, which is a logit like any other: keep it out.
+    top[0] = max(mode == kCapped ? load_n(stash + i, left, -__builtin_inff()) : x, top[0]);
+  }
+  return hmax(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// Sum of 2^(exponent of x) over a block, four accumulators without a rescale. Fetches the next block meanwhile.
+template <Mode mode, class S, class T>
+SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& t, const T* next) {
+  const Vec bias = set1(minus_m2);
+  Vec sum[4];
+  for (int k = 0; k < 4; ++k) sum[k] = set1(0.0f);
+  int i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    for (unsigned byte = 0; byte < 4 * kWidth * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
+    for (int k = 0; k < 4; ++k)
+      sum[k] = sum[k] + power<mode>(load(x + i + k * kWidth), bias, t);
+  }
+  for (; i < n; i += kWidth) {
+    const int left = n - i < kWidth ? n - i : kWidth;
+    sum[0] = sum[0] + power<mode>(load_n(x + i, left, -__builtin_inff()), bias, t);
+  }
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Adds columns z0[0 ... n) to a partial sum: one read from memory.
+template <Mode mode, class T>
+void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
+  alignas(64) float stash[kStash<mode, T> ? kBlock : 1];
+  float m = __builtin_nanf("");
+  Reference to = {};
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int len = n - i < kBlock ? static_cast<int>(n - i) : kBlock;
+    const double top = block_max<mode>(z0 + i, len, t, stash);
+    rescale(sum, static_cast<float>(mode == kPlain ? top : top * t.scale));
+    if (m != sum.m) m = sum.m, to = reference(t, finite_max(m));
+    sum.s += to.fix * (kStash<mode, T> ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
+                                       : block_sum<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock));
+  }
+}
+
+// grad = factor * J' * exp(z - m) of n columns, in place too; J' = 1 - x^2 under a softcap, else 1.
+template <Mode mode, class T>
+void gradient(const T* z0, T* grad, int64_t n, const Transform& t, float m, double factor) {
+  const Reference to = reference(t, finite_max(m));
+  const Vec bias = set1(to.minus_m2), f = set1(static_cast<float>(factor * to.fix));
+  auto one = [&](Vec raw) {
+    const Vec x = transformed<mode>(raw, t);
+    const Vec y = power<mode>(x, bias, t) * f;
+    return mode == kCapped ? y * fnma(x, x, set1(1.0f)) : y;
+  };
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int k = 0; k < 4; ++k) store(grad + i + k * kWidth, one(load(z0 + i + k * kWidth)));
+  for (; i < n; i += kWidth) {
+    const int left = n - i < kWidth ? static_cast<int>(n - i) : kWidth;
+    store_n(grad + i, one(load_n(z0 + i, left, 0.0f)), left);
+  }
+}
+
+}  // namespace

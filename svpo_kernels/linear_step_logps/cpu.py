@@ -1,0 +1,123 @@
+"""`linear_step_logps` on the CPU: csrc/cpu/linear_rows.cpp between the products of products.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..plan import PlanTensors
+from . import products
+
+
+def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return _native.supports_cpu(op, device, dtype)
+
+
+def linear_step_logps_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], *options: Any
+) -> tuple[Tensor, ...]:
+    """Arguments and results of the reference; `saved` is what the mode keeps."""
+    return products.forward(KERNELS, hidden, weight, bias, [index.contiguous() for index in plan], *options)
+
+
+def linear_step_logps_bwd(
+    grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logp: Tensor, row_max: Tensor,
+    row_logsum: Tensor, label_z0: Tensor, saved: Tensor, plan: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; a tensor of size 0 for one that is not needed."""
+    return products.backward(
+        KERNELS, grad_out, hidden, weight, bias, logp, row_max, row_logsum, label_z0, saved,
+        [index.contiguous() for index in plan], *options)
+
+
+# -- row kernels: arguments and meanings in products.RowKernels ---------------------------------------------------------
+
+
+def label_dots(h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors) -> Tensor:
+    out = h.new_empty(plan.labels.shape[0], dtype=torch.float32)
+    _native.cpu().label_dots(
+        h.data_ptr(), weight.data_ptr(), _native.pointer(bias), _native.DTYPES[h.dtype], h.shape[1], h.stride(0),
+        weight.stride(0), *_rows(plan), weight.shape[0], out.data_ptr(), _native.threads())
+    return out
+
+
+def rows_fwd(
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
+    temperature: float, softcap: float, write_unit: bool,
+) -> None:
+    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit, False)
+
+
+def rows_unit(
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
+    temperature: float, softcap: float,
+) -> None:
+    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, True, True)
+
+
+def _linear_rows(
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
+    temperature: float, softcap: float, unit: bool, unit_only: bool,
+) -> None:
+    _native.cpu().linear_rows(
+        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + z.shape[0], *_rows(plan),
+        label_z0.data_ptr(), z.shape[1], temperature, softcap, logp.data_ptr(), row_max.data_ptr(),
+        row_logsum.data_ptr(), int(unit), int(unit_only), _native.threads())
+
+
+def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
+    N, S = plan.labels.shape[0], plan.step_start.shape[0] - 1
+    out = logp.new_empty(N if reduction == "none" else S)
+    _native.cpu().reduce_steps(
+        logp.data_ptr(), plan.step_order.data_ptr(), plan.step_start.data_ptr(), N, S, _native.REDUCTIONS[reduction],
+        out.data_ptr(), _native.threads())
+    return out
+
+
+def row_grads(grad_out: Tensor, plan: PlanTensors, reduction: str) -> tuple[Tensor, Tensor]:
+    R, N, S = plan.rows.shape[0], plan.labels.shape[0], plan.step_start.shape[0] - 1
+    grad_out = grad_out.contiguous()
+    g, G = grad_out.new_empty(N), grad_out.new_empty(R)
+    _native.cpu().row_grads(
+        grad_out.data_ptr(), *_rows(plan)[:4], plan.step_ids.data_ptr(), plan.step_start.data_ptr(), R, N, S,
+        _native.REDUCTIONS[reduction], g.data_ptr(), G.data_ptr(), _native.threads())
+    return g, G
+
+
+def branch_hidden(
+    uw: Tensor, weight: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor, G: Tensor, plan: PlanTensors, first_row: int,
+    temperature: float, softcap: float,
+) -> Tensor:
+    out = torch.empty_like(uw, memory_format=torch.contiguous_format)
+    _native.cpu().branch_hidden(
+        uw.data_ptr(), weight.data_ptr(), out.data_ptr(), _native.DTYPES[uw.dtype], uw.shape[1], uw.stride(0),
+        weight.stride(0), first_row, first_row + uw.shape[0], *_rows(plan), label_z0.data_ptr(), logp.data_ptr(),
+        g.data_ptr(), G.data_ptr(), weight.shape[0], temperature, softcap, _native.threads())
+    return out
+
+
+def branch_weight(
+    dweight: Tensor | None, dbias: Tensor | None, h: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor,
+    plan: PlanTensors, temperature: float, softcap: float,
+) -> None:
+    V = next(t.shape[0] for t in (dweight, dbias) if t is not None)
+    _native.cpu().branch_weight(
+        _native.pointer(dweight), _native.pointer(dbias), h.data_ptr(),
+        _native.DTYPES[h.dtype if dweight is None else dweight.dtype], _native.DTYPES[h.dtype], h.shape[1],
+        0 if dweight is None else dweight.stride(0), h.stride(0), *_rows(plan), label_z0.data_ptr(), logp.data_ptr(),
+        g.data_ptr(), V, temperature, softcap, _native.threads())
+
+
+def _rows(plan: PlanTensors) -> tuple[int, ...]:
+    """The arrays that say which row predicts what, as the native code takes them, and R and N."""
+    arrays = (plan.rows, plan.row_start, plan.labels, plan.first)
+    return *(index.data_ptr() for index in arrays), plan.rows.shape[0], plan.labels.shape[0]
+
+
+KERNELS = products.RowKernels(
+    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, reduce_steps=reduce_steps, row_grads=row_grads,
+    branch_hidden=branch_hidden, branch_weight=branch_weight,
+)
