@@ -3,17 +3,40 @@
 //   z = hidden[position] . weight[row] + bias[row],  d = cap(z_good) - cap(z_bad), or z_good with one class (bad < 0)
 //
 // The two head rows are widened to fp32 once; hidden is read once in the forward and once for the weight's gradient.
+// Sums run in double: the rows come from memory, which leaves the time, and a loss is one number, which shows the error.
 #include "../numerics.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kRun = 1024;          // products summed in fp32 lanes before they join a double
-constexpr int64_t kColumns = 4 * kWidth;  // columns of the weight's gradient held in registers
-constexpr int64_t kFlush = 64;          // rows between two visits of its double accumulators
+constexpr int kLanes = 8;      // doubles that are summed side by side
+constexpr int kChunk = 64;     // elements widened at a time
+constexpr int kColumns = 32;   // columns of the weight's gradient held in registers
 constexpr int64_t kGrain = 1 << 15;     // elements of hidden that are worth a thread
 
 enum { kNone, kSigmoid, kTanh };
+
+typedef float Floats8 __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles8 __attribute__((vector_size(8 * kLanes)));
+
+SVPO_INLINE Doubles8 widen8(const float* p) {
+  Floats8 x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Doubles8);
+}
+
+SVPO_INLINE double sum8(Doubles8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// n <= kChunk elements in fp32: fp32 itself stays where it is.
+SVPO_INLINE const float* widened(const float* p, int, float*) { return p; }
+template <class T>
+SVPO_INLINE const float* widened(const T* p, int n, float* stash) {
+  for (int i = 0; i < n; i += kWidth) {
+    const int left = n - i < kWidth ? n - i : kWidth;
+    store_n(stash + i, load_n(p + i, left, 0.0f), left);
+  }
+  return stash;
+}
 
 template <class T>
 struct Hidden {
@@ -64,29 +87,29 @@ int fill_head(Head& head, const void* weight, int weight_dtype, int64_t stride, 
   });
 }
 
-// Dots of a row with one or two head rows, read once.
+// Dots of a row with one or two head rows, read once. A product of two fp32 numbers is exact in double.
 template <bool two, class T>
 void dots(const T* h, const float* good, const float* bad, int64_t D, double out[2]) {
-  out[0] = out[1] = 0.0;
-  for (int64_t start = 0; start < D; start += kRun) {
-    const int64_t end = D - start < kRun ? D : start + kRun;
-    Vec g[2] = {set1(0.0f), set1(0.0f)}, b[2] = {set1(0.0f), set1(0.0f)};
-    int64_t i = start;
-    for (; i + 2 * kWidth <= end; i += 2 * kWidth)
+  Doubles8 g[2] = {}, b[2] = {};
+  double g_tail = 0.0, b_tail = 0.0;
+  float stash[kChunk];
+  for (int64_t start = 0; start < D; start += kChunk) {
+    const int n = static_cast<int>(D - start < kChunk ? D - start : kChunk);
+    const float* const x = widened(h + start, n, stash);
+    int i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
       for (int k = 0; k < 2; ++k) {
-        const Vec x = load(h + i + k * kWidth);
-        g[k] = fma(x, load(good + i + k * kWidth), g[k]);
-        if (two) b[k] = fma(x, load(bad + i + k * kWidth), b[k]);
+        const Doubles8 a = widen8(x + i + k * kLanes);
+        g[k] += a * widen8(good + start + i + k * kLanes);
+        if (two) b[k] += a * widen8(bad + start + i + k * kLanes);
       }
-    for (; i < end; i += kWidth) {
-      const int left = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
-      const Vec x = load_n(h + i, left, 0.0f);
-      g[0] = fma(x, load_n(good + i, left, 0.0f), g[0]);
-      if (two) b[0] = fma(x, load_n(bad + i, left, 0.0f), b[0]);
+    for (; i < n; ++i) {
+      g_tail += static_cast<double>(x[i]) * good[start + i];
+      if (two) b_tail += static_cast<double>(x[i]) * bad[start + i];
     }
-    out[0] += hsum(g[0] + g[1]);
-    if (two) out[1] += hsum(b[0] + b[1]);
   }
+  out[0] = sum8(g[0] + g[1]) + g_tail;
+  out[1] = two ? sum8(b[0] + b[1]) + b_tail : 0.0;
 }
 
 template <class T>
@@ -96,20 +119,25 @@ bool position_out_of_range(const Hidden<T>& hidden, int64_t S) {
   return false;
 }
 
+double capped(double z, double softcap) { return softcap > 0.0 ? softcap * tanh(z / softcap) : z; }
+
+// Writes the logits, before the softcap, and the decisions d of all steps.
 template <class T>
-void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, int threads, float* logits) {
+void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, double softcap, int threads, float* logits,
+                 double* d) {
   parallel_for(S, kGrain / (hidden.D + 1) + 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       double z[2];
       if (head.bad) dots<true>(hidden.row(s), head.good, head.bad, hidden.D, z);
       else dots<false>(hidden.row(s), head.good, head.bad, hidden.D, z);
-      logits[2 * s] = static_cast<float>(z[0] + head.good_bias);
-      logits[2 * s + 1] = head.bad ? static_cast<float>(z[1] + head.bad_bias) : 0.0f;
+      z[0] += head.good_bias;
+      z[1] += head.bad_bias;
+      logits[2 * s] = static_cast<float>(z[0]);
+      logits[2 * s + 1] = static_cast<float>(z[1]);
+      d[s] = capped(z[0], softcap) - (head.bad ? capped(z[1], softcap) : 0.0);
     }
   });
 }
-
-double capped(double z, double softcap) { return softcap > 0.0 ? softcap * tanh(z / softcap) : z; }
 
 double decision(const float* z, bool two, double softcap) {
   return capped(z[0], softcap) - (two ? capped(z[1], softcap) : 0.0);
@@ -181,29 +209,23 @@ void weight_gradient(const Hidden<T>& hidden, const Coefficients* c, int64_t S, 
     for (int64_t block = first; block < last; ++block) {
       const int64_t start = block * kColumns;
       const int width = static_cast<int>(D - start < kColumns ? D - start : kColumns);
-      double total[2][kColumns] = {};
-      for (int64_t s0 = 0; s0 < S; s0 += kFlush) {
-        Vec sum[2][4];
-        for (int k = 0; k < 8; ++k) sum[k / 4][k % 4] = set1(0.0f);
-        for (int64_t s = s0; s < S && s < s0 + kFlush; ++s) {
-          const T* const h = hidden.row(s) + start;
-          const Vec cg = set1(static_cast<float>(c[s].good)), cb = set1(static_cast<float>(c[s].bad));
-          for (int k = 0; k < 4; ++k) {
-            const int left = width - k * kWidth < kWidth ? width - k * kWidth : kWidth;
-            if (left <= 0) break;
-            const Vec x = left == kWidth ? load(h + k * kWidth) : load_n(h + k * kWidth, left, 0.0f);
-            sum[0][k] = fma(cg, x, sum[0][k]);
-            if (two) sum[1][k] = fma(cb, x, sum[1][k]);
-          }
+      Doubles8 sum[2][kColumns / kLanes] = {};
+      for (int64_t s = 0; s < S; ++s) {
+        float stash[kColumns] = {};
+        const T* const h = hidden.row(s) + start;
+        const float* x = stash;
+        if (width == kColumns) x = widened(h, kColumns, stash);
+        else
+          for (int i = 0; i < width; ++i) stash[i] = to_float(h[i]);
+        for (int k = 0; k < kColumns / kLanes; ++k) {
+          const Doubles8 a = widen8(x + k * kLanes);
+          sum[0][k] += a * c[s].good;
+          if (two) sum[1][k] += a * c[s].bad;
         }
-        float flat[2][kColumns];
-        for (int k = 0; k < 8; ++k) store(&flat[k / 4][k % 4 * kWidth], sum[k / 4][k % 4]);
-        for (int side = 0; side < 1 + two; ++side)
-          for (int i = 0; i < width; ++i) total[side][i] += flat[side][i];
       }
       for (int i = 0; i < width; ++i) {
-        good[start + i] = from_float<W>(static_cast<float>(total[0][i]));
-        if (two) bad[start + i] = from_float<W>(static_cast<float>(total[1][i]));
+        good[start + i] = from_float<W>(static_cast<float>(sum[0][i / kLanes][i % kLanes]));
+        if (two) bad[start + i] = from_float<W>(static_cast<float>(sum[1][i / kLanes][i % kLanes]));
       }
     }
   });
@@ -259,12 +281,12 @@ extern "C" int SVPO_ENTRY(prm_scores_fwd)(const void* hidden, int dtype, int64_t
     Head head(D, bad >= 0);
     const int status = fill_head(head, weight, weight_dtype, weight_stride, bias, bias_dtype, good, bad, D);
     if (status != SVPO_OK) return status;
-    head_logits(h, head, S, threads, logits);
-    for (int64_t s = 0; s < S; ++s) {
-      const double d = decision(logits + 2 * s, bad >= 0, softcap);
-      const bool probability = bad >= 0 || activation == kSigmoid;
-      scores[s] = static_cast<float>(probability ? svpo_sigmoid(d) : activation == kTanh ? tanh(d) : d);
-    }
+    Scratch<double> d(S);
+    if (!d.data) return SVPO_NO_MEMORY;
+    head_logits(h, head, S, softcap, threads, logits, d.data);
+    const bool probability = bad >= 0 || activation == kSigmoid;
+    for (int64_t s = 0; s < S; ++s)
+      scores[s] = static_cast<float>(probability ? svpo_sigmoid(d[s]) : activation == kTanh ? tanh(d[s]) : d[s]);
     return SVPO_OK;
   });
 }
@@ -309,16 +331,18 @@ extern "C" int SVPO_ENTRY(prm_loss_fwd)(const void* hidden, int dtype, int64_t B
     Head head(D, bad >= 0);
     const int status = fill_head(head, weight, weight_dtype, weight_stride, bias, bias_dtype, good, bad, D);
     if (status != SVPO_OK) return status;
-    head_logits(h, head, S, threads, logits);
+    Scratch<double> d(S);
+    if (!d.data) return SVPO_NO_MEMORY;
+    head_logits(h, head, S, 0.0, threads, logits, d.data);
     double total = 0.0;
     int64_t labelled = 0;
     for (int64_t s = 0; s < S; ++s) {
       const bool known = labels[s] == labels[s];
-      const double d = decision(logits + 2 * s, bad >= 0, 0.0), y = known ? labels[s] : 0.0;
+      const double y = known ? labels[s] : 0.0;
       // A hard label alone must not meet the other side's infinity.
       double value = 0.0;
-      if (known && y > 0.0) value -= y * svpo_logsigmoid(d);
-      if (known && y < 1.0) value -= (1.0 - y) * svpo_logsigmoid(-d);
+      if (known && y > 0.0) value -= y * svpo_logsigmoid(d[s]);
+      if (known && y < 1.0) value -= (1.0 - y) * svpo_logsigmoid(-d[s]);
       labelled += known;
       total += value;
       if (reduction == SVPO_NONE) loss[s] = static_cast<float>(value);

@@ -282,6 +282,7 @@ def aggregate_scores(scores: Tensor, offsets: Tensor, how: str = "min", *, backe
         fail(op, "offsets", "(B + 1,), at least (1,)", offsets)
     require_same_device(op, "offsets", offsets, "scores", scores)
     require_choice(op, "how", how, AGGREGATES)
+    offsets = offsets if offsets.dtype in (torch.int64, torch.int32) else offsets.long()
     return _AggregateScores.apply(scores, offsets, how, backend)
 
 

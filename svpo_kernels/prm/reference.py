@@ -6,7 +6,8 @@
     prm_loss          -(y logsigmoid(d) + (1 - y) logsigmoid(-d)): cross-entropy with two classes, binary with one
     aggregate_scores  one number per sequence of scores
 
-fp32 compute for fp32, bf16 and fp16; fp64 for fp64. Rows of hidden that no position names are never looked at.
+Outputs are fp32 (fp64 for fp64). Dots and losses are summed in fp64 where the device has it: a loss is one number and
+shows every error. Rows of hidden that no position names are never looked at.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tens
     """
     check_positions("prm_scores", hidden, positions)
     z = head_logits(hidden, positions, weight, bias, good, bad)
-    return activate(decision(z, bad, softcap), bad, activation), z
+    out = _accumulator(hidden)
+    return activate(decision(z, bad, softcap), bad, activation).to(out), z.to(out)
 
 
 def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None,
                    logits: Tensor, good: int, bad: int, activation: str, softcap: float, need_hidden: bool,
                    need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (B, L, D), weight and bias, (0,) where not needed."""
-    z = logits.to(grad.dtype)
+    z = logits.to(_compute(hidden))
     d = decision(z, bad, softcap)
     if bad >= 0 or activation == "sigmoid":
         slope = torch.sigmoid(d) * torch.sigmoid(-d)
@@ -60,28 +62,28 @@ def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tens
     labelled = ~torch.isnan(labels)
     y = torch.where(labelled, labels, 0.0).to(d.dtype)
     losses = torch.where(labelled, -(y * F.logsigmoid(d) + (1.0 - y) * F.logsigmoid(-d)), 0.0)
-    if reduction == "none":
-        return losses, z
-    total = losses.sum()
-    return total / labelled.sum().clamp_min(1) if reduction == "mean" else total, z
+    out = losses if reduction == "none" else losses.sum()
+    out = out / labelled.sum().clamp_min(1) if reduction == "mean" else out
+    return out.to(_accumulator(hidden)), z.to(_accumulator(hidden))
 
 
 def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor,
                  bias: Tensor | None, logits: Tensor, good: int, bad: int, reduction: str, need_hidden: bool,
                  need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `prm_scores_bwd`, for grad () or (S,)."""
-    d = decision(logits, bad, 0.0)
+    z = logits.to(_compute(hidden))
+    d = decision(z, bad, 0.0)
     labelled = ~torch.isnan(labels)
     y = torch.where(labelled, labels, 0.0).to(d.dtype)
     slope = torch.where(labelled, (1.0 - y) * torch.sigmoid(d) - y * torch.sigmoid(-d), 0.0)
     grad = grad / labelled.sum().clamp_min(1) if reduction == "mean" else grad
-    return _gradients(grad * slope, logits, hidden, positions, weight, bias, good, bad, 0.0,
+    return _gradients(grad * slope, z, hidden, positions, weight, bias, good, bad, 0.0,
                       (need_hidden, need_weight, need_bias))
 
 
 def head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int,
                 bad: int) -> Tensor:
-    """(S, 2) in fp32 (fp64 for fp64); NaN on a device where the position does not exist."""
+    """(S, 2) in the compute dtype; NaN on a device where the position does not exist."""
     rows, inside = _rows(hidden, positions)
     classes = [good, bad] if bad >= 0 else [good]
     with torch.autocast(hidden.device.type, enabled=False):
@@ -100,8 +102,12 @@ def _rows(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return flat.index_select(0, torch.where(inside, positions, 0)).to(_compute(hidden)), inside
 
 
-def _compute(hidden: Tensor) -> torch.dtype:
+def _accumulator(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _compute(hidden: Tensor) -> torch.dtype:
+    return torch.float32 if hidden.device.type == "mps" else torch.float64
 
 
 def decision(z: Tensor, bad: int, softcap: float) -> Tensor:
