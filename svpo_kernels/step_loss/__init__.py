@@ -166,7 +166,8 @@ def svpo_loss(
             ((v_w - v_l) - rank_scale * stopgrad(beta D))^2. rank_margin: a float or (P,).
         sft_steps: (K,) integers, steps whose likelihood the SFT term -lp raises.
         counts: the denominators (pairs, labelled steps, SFT steps), numbers or a (3,) tensor; None: this call's own.
-            With the totals of an optimizer step, neither loss nor gradient depends on how it was cut into calls.
+            With the totals of an optimizer step, neither loss nor gradient depends on how it was cut into calls. Under
+            torch.compile floats that change make a graph each; ints and a tensor do not.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -316,6 +317,9 @@ def _counts(op: str, counts: object, like: Tensor) -> tuple[Tensor | None, tuple
         return counts, OWN_COUNTS
     if not isinstance(counts, (tuple, list)) or len(counts) != 3:
         fail(op, "counts", "(pairs, labelled steps, SFT steps), three numbers or a (3,) tensor", counts, TypeError)
+    if torch.compiler.is_compiling():
+        # As a tensor they are an input of the graph: numbers that change every step would make a graph each.
+        return torch.tensor(list(counts), dtype=torch.float32, device=like.device), OWN_COUNTS
     numbers = tuple(float(count) for count in counts)
     if min(numbers) < 0:
         fail(op, "counts", ">= 0", counts)
