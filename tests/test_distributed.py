@@ -19,7 +19,8 @@ def launch(folder, processes, *settings):
     """Results of rank 0 of a run with so many processes."""
     folder.mkdir()
     out = folder / "out.pt"
-    start = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = [] if processes == 1 else run
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(WORKER.parent)])}
     done = subprocess.run([sys.executable, *start, str(WORKER), str(out), *settings], capture_output=True, text=True,

@@ -139,8 +139,9 @@ def test_checkpoint_loads_as_it_is(tmp_path):
 
 def test_adapters_resume_and_load(tmp_path):
     """LoRA: the reference is the model without adapters, the checkpoint is an adapter that AutoModel loads."""
-    from svpo_kernels.trainer.model import add_adapters
     from training_ import make_config
+
+    from svpo_kernels.trainer.model import add_adapters
 
     small_lm().save_pretrained(tmp_path / "base")
 

@@ -84,7 +84,7 @@ def data(
     on_bad: Annotated[str, typer.Option(help="skip bad rows and report them, or stop with an error.")] = "skip",
     rule: Annotated[str, typer.Option(help="Pair rule of the table by tree: best_worst, top_bottom or all.")] = "all",
     min_gap: Annotated[float, typer.Option(help="Pairs whose values, mapped to [-1, 1], differ by more.")] = 0.0,
-    any_kind: Annotated[bool, typer.Option(help="Also pair a step that ends the solution with one that does not.")] = False,
+    any_kind: Annotated[bool, typer.Option(help="Also pair a last step with one that is not.")] = False,
     max_path_tokens: Annotated[int | None, typer.Option(help="Longest path, as in training.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a pack; default: one pack a tree.")] = None,
     step_separator: Annotated[str, typer.Option(help="Text after every step.")] = "\\n\\n",

@@ -6,6 +6,7 @@ takes the preset's value, and if the preset does not set it, `svpo_loss`'s own d
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -67,7 +68,7 @@ class SVPOConfig(TrainingArguments):
     lora_target_modules: str = _key("all-linear", "Modules to adapt: all-linear, or names with commas between.")
 
     # Data
-    train_file: str | None = _key(None, "Step trees or step pairs, JSON or JSONL; `svpo data FILE` shows what is in it.")
+    train_file: str | None = _key(None, "Step trees or pairs, JSON or JSONL; `svpo data FILE` shows what is in it.")
     eval_file: str | None = _key(None, "The same, for evaluation.")
     data_format: str | None = _key(None, "Name of the file's format; default: detected from its keys.")
     value_range: list[float] | None = _key(None, "Least and greatest value in the file, if not the format's own.")
@@ -86,8 +87,8 @@ class SVPOConfig(TrainingArguments):
     pairs_per_step: int = _key(64, "Pairs of one optimizer step, over all processes and micro-batches.")
 
     # Packing
-    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two sequences a pair.")
-    packing_fallback: str = _key("none", "distinct: fall back to packing=distinct if the model cannot be packed exactly.")
+    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair.")
+    packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
     max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
     values: str = _key("pairs", "Steps whose value is trained: those in pairs, their ancestors too (path), or all.")
 
@@ -119,9 +120,10 @@ class SVPOConfig(TrainingArguments):
     report_to: None | str | list[str] = _key("none", "Trackers to log to; none by default, nothing leaves the machine.")
     logging_steps: float = _key(1, "Log every so many optimizer steps.")
     logging_nan_inf_filter: bool = _key(False, "Hide NaN losses from the log; off, so that they are seen.")
+    disable_tqdm: bool | None = _key(False, "No progress bar.")
     log_level: str = _key("error", "Verbosity of transformers.")
     resume_from_checkpoint: str | None = _key(
-        "auto", "auto: the newest complete checkpoint of output_dir if there is one; true: it must be there; false; or a path."
+        "auto", "auto: the newest complete checkpoint of output_dir, if any; true: there must be one; false; or a path."
     )
 
     def __post_init__(self):
@@ -202,7 +204,7 @@ def valid_keys() -> list[str]:
     return [entry.name for entry in fields(SVPOConfig) if entry.init]
 
 
-def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = (), **values: Any) -> SVPOConfig:
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = (), **values: Any) -> SVPOConfig:
     """Read `path` (YAML, may be None), apply `values`, then `overrides` ("key=value"), and check every key and value.
 
     Raises ConfigError that names the key and, for an unknown one, the nearest valid key.
@@ -252,7 +254,7 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Values converted to their fields' types by HfArgumentParser; None, dicts and lists of a dict field pass through."""
+    """Values converted to their fields' types by HfArgumentParser; None and dicts pass through."""
     parser = _Parser(SVPOConfig)
     typed = {}
     for key, value in settings.items():

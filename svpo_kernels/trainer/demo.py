@@ -31,7 +31,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(problems=384, eval_problems=32, steps=600, measured_trees=24, rounds=3)
+FULL = Size(problems=512, eval_problems=32, steps=900, measured_trees=24, rounds=3)
 QUICK = Size(problems=16, eval_problems=4, steps=6, measured_trees=4, rounds=1)
 
 

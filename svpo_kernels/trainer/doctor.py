@@ -30,8 +30,9 @@ def versions() -> list[tuple[str, str]]:
 
 def devices() -> list[tuple[str, str]]:
     """(device, what it is): the CPU with torch's threads and instruction sets, and every CUDA device."""
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    found = [("cpu", f"{cpu}, {torch.backends.cpu.get_cpu_capability()}")]
+    kind = platform.processor() or platform.machine()
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    found = [("cpu", f"{kind}, {threads}, {torch.backends.cpu.get_cpu_capability()}")]
     if not torch.cuda.is_available():
         why = "torch is built without CUDA" if torch.version.cuda is None else "no device or no driver was found"
         return [*found, ("cuda", f"not usable: {why}")]

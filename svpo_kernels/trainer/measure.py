@@ -1,6 +1,6 @@
 """The same pairs run three ways, side by side: naive pairs, each distinct sequence once, packed trees.
 
-Loss and gradients must agree; tokens, FLOPs and seconds are what was run, padding counted, not an estimate.
+Loss and gradients must agree. Tokens and FLOPs are counted from the batches, seconds are measured.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from svpo_kernels.flops import count_flops
+
 from .metrics import Sums
 from .sampler import EpochPlanner, TrainData
 from .trainer import SVPOTrainer
@@ -21,12 +23,15 @@ WAYS = ("pairs", "distinct", "tree")
 
 @dataclass
 class Measured:
-    """One way of running some pairs, forward and backward. gradient_error: largest difference from the naive gradient,
-    relative to its largest element; tokens and flops of one pass; seconds: median over the rounds."""
+    """One way of running some pairs, forward and backward.
+
+    tokens and flops: of one pass, counted, without padding (a naive run that wastes nothing). seconds: measured, median
+    over the rounds. gradient_error: largest difference from the naive gradient, relative to its largest element.
+    """
 
     way: str
     tokens: int
-    flops: float
+    flops: int
     seconds: float
     loss: float
     gradient_error: float
@@ -44,27 +49,39 @@ def compare(trainer: SVPOTrainer, data: TrainData, max_tokens: int, rounds: int 
         settings = replace(trainer.settings, packing=way, max_tokens=max_tokens, world_size=1, min_packs=1,
                            pairs_per_step=data.num_pairs + len(data.trees))
         plans[way] = EpochPlanner(data, settings, None).share(0, 0, 0)
-    found: dict[str, tuple[float, Sums, torch.Tensor]] = {}
+    counted = _count(trainer, plans["tree"]["packs"])
+    found: dict[str, tuple[float, torch.Tensor]] = {}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
             start = time.perf_counter()
             found[way] = _run(trainer, plans[way])
             seconds[way].append(time.perf_counter() - start)
-    naive = found["pairs"][2]
+    naive = found["pairs"][1]
     rows = []
     for way in WAYS:
-        loss, sums, gradient = found[way]
+        loss, gradient = found[way]
         error = ((gradient - naive).abs().max() / naive.abs().max().clamp_min(1e-30)).item()
         if not error < 1e-3:
             raise RuntimeError(f"svpo: gradients of packing={way} differ from the naive run's by {error:.2g}")
-        values = sums.values
-        rows.append(Measured(way, int(values["tokens"]), values["flops"], statistics.median(seconds[way]), loss, error))
+        rows.append(Measured(way, *counted[way], statistics.median(seconds[way]), loss, error))
     return rows
 
 
-def _run(trainer: SVPOTrainer, share: dict[str, Any]) -> tuple[float, Sums, torch.Tensor]:
-    """(loss, sums, gradient flattened on the CPU) of one optimizer step without the update."""
+def _count(trainer: SVPOTrainer, packs: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """way -> (tokens, FLOPs), from the packed batches, which know the runs they replace."""
+    batches = [pack["batch"] for pack in packs]
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    count = count_flops(config, batches)
+    return {
+        "pairs": (sum(batch.pairwise_tokens for batch in batches), count.pairwise),
+        "distinct": (sum(batch.distinct_tokens for batch in batches), count.distinct),
+        "tree": (sum(batch.input_ids.numel() for batch in batches), count.packed),
+    }
+
+
+def _run(trainer: SVPOTrainer, share: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    """(loss, gradient flattened on the CPU) of one optimizer step without the update."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.train()
     model.zero_grad(set_to_none=True)
@@ -76,4 +93,4 @@ def _run(trainer: SVPOTrainer, share: dict[str, Any]) -> tuple[float, Sums, torc
     gradient = torch.cat([parameter.grad.flatten().float().cpu() for parameter in model.parameters()
                           if parameter.grad is not None])
     model.zero_grad(set_to_none=True)
-    return loss, sums, gradient
+    return loss, gradient

@@ -20,7 +20,8 @@ MEANS = {
     "value/mse": "labelled",
     "value/accuracy": "value_pairs",
 }
-COUNTS = ("pairs", "scored_pairs", "labelled", "value_pairs", "steps", "tokens", "pairwise_tokens", "flops", "pairwise_flops")
+COUNTS = ("pairs", "scored_pairs", "labelled", "value_pairs", "steps", "tokens", "pairwise_tokens", "flops",
+          "pairwise_flops")
 NAMES = (*MEANS, *COUNTS)
 
 

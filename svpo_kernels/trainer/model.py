@@ -171,8 +171,8 @@ def check_head(model: StepModel) -> None:
     error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not error <= 8 * torch.finfo(head.weight.dtype).eps * max(scale, 1.0):
         raise ValueError(
-            f"StepModel: the vocabulary head of {type(lm).__name__} cannot be repeated: log-probs differ by {error:.3g} "
-            "from the model's own; it changes its logits in a way that is not a softcap or a constant factor"
+            f"StepModel: the vocabulary head of {type(lm).__name__} cannot be repeated: log-probs differ by "
+            f"{error:.3g} from the model's own; it changes its logits by more than a softcap or a constant factor"
         )
 
 

@@ -93,7 +93,7 @@ def write_cache(path: Path, data: TrainData) -> None:
 
 
 def read_cache(path: Path, data: TrainData) -> bool:
-    """Set the references from a cache; False if there is none. Raises ValueError if it holds another number of steps."""
+    """Set the references from a cache; False if there is none. Raises ValueError for another number of steps."""
     if not path.is_file():
         return False
     values = safetensors.numpy.load_file(path)["logps"]

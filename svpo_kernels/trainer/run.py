@@ -98,8 +98,8 @@ def where_to_resume(config: SVPOConfig, say: Any = print) -> str | None:
     if asked == "false":
         if checkpoint.checkpoints(config.output_dir):
             raise ConfigError(
-                f"config: resume_from_checkpoint is false, but {config.output_dir} holds checkpoints of an earlier run; "
-                "remove them or give the run an output_dir of its own"
+                f"config: resume_from_checkpoint is false, but {config.output_dir} holds checkpoints of an earlier "
+                "run; remove them or give the run an output_dir of its own"
             )
         return None
     path, notes = checkpoint.newest_complete(config.output_dir)
@@ -121,15 +121,21 @@ def check_paths(config: SVPOConfig) -> None:
 
 
 def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
-                 tokenizer: PreTrainedTokenizerBase | None = None, console: Console | None = None) -> RunResult:
+                 tokenizer: PreTrainedTokenizerBase | None = None, console: Console | None = None,
+                 summary: bool = True) -> RunResult:
     """Train as the configuration says. lm and tokenizer: given instead of loaded (then their names may be missing).
+    summary: print the table of first and last metrics.
 
     Writes to output_dir: the model, checkpoints, metrics.jsonl, curves.png.
     """
     quiet()
     console = console or Console()
     main = config.process_index == 0
-    say = (lambda text: console.print(text, markup=False, highlight=False)) if main else (lambda text: None)
+
+    def say(text: str) -> None:
+        if main:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if lm is None or tokenizer is None:
         check_paths(config)
     resume = where_to_resume(config, say)
@@ -156,7 +162,8 @@ def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
     if main:
         history = trainer.state.log_history
         curves = report.draw_curves(history, Path(config.output_dir) / report.CURVES, str(config.output_dir))
-        console.print(report.summary_table(history, "svpo train"))
+        if summary:
+            console.print(report.summary_table(history, "svpo train"))
         say(f"model, {report.METRICS} and {report.CURVES} are in {config.output_dir}")
     return RunResult(trainer, trainer.state.log_history, metrics, curves)
 

@@ -205,11 +205,9 @@ class EpochPlanner:
         for tree in numbers:
             for pair in chosen[tree]:
                 weight[(tree, *map(int, self.data.pairs[tree][pair]))] = float(self.data.weights[tree][pair])
-        batches = build_batches(self.settings.packing, trees, pairs, sft, self.settings.max_tokens, self.settings.values)
-        packs = [_described(batch, np.asarray(numbers), weight) for batch in batches]
-        for pack in packs:
-            pack["packing"] = self.settings.packing
-        return packs
+        settings = self.settings
+        batches = build_batches(settings.packing, trees, pairs, sft, settings.max_tokens, settings.values)
+        return [{**_described(batch, np.asarray(numbers), weight), "packing": settings.packing} for batch in batches]
 
     def _joining(self, tree: int, chosen: list[int]) -> np.ndarray:
         """Nodes that join an optimizer step with these pairs of a tree; all of them if the tree has no pair."""
