@@ -7,6 +7,7 @@ branching. `packing_check.py` compares a model's packed run with separate runs.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,16 +174,22 @@ def _layers_reason(model: nn.Module, config: Any) -> str | None:
     if getattr(config, "attention_chunk_size", None) and "full_attention" not in types:
         return f"its layers are of type 'chunked_attention': {WHY_NOT['chunked_attention']}"
     for name, module in decoder(model).named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
-            return f"{name} is of type 'conv' ({type(module).__name__}): {WHY_NOT['conv']}"
-        if any(part in type(module).__name__ for part in STATEFUL):
+        if layer_type := _mixer_type(type(module)):
             kind = type(module).__name__
-            return f"{name or kind} is of type 'linear_attention' ({kind}): {WHY_NOT['linear_attention']}"
+            return f"{name or kind} is of type {layer_type!r} ({kind}): {WHY_NOT[layer_type]}"
     if "sliding_attention" in layer_windows(config):
         code = sys.modules[type(decoder(model)).__module__]
         if not hasattr(code, "create_sliding_window_causal_mask"):
             return "its config has a window ('sliding_attention'), but its code makes no windowed mask"
     return None
+
+
+@cache
+def _mixer_type(kind: type) -> str | None:
+    """The layer type of a module class that mixes rows whatever the mask says; None for every other class."""
+    if issubclass(kind, nn.Conv1d | nn.Conv2d):
+        return "conv"
+    return "linear_attention" if any(part in kind.__name__ for part in STATEFUL) else None
 
 
 def _implementation_reason(config: Any) -> str | None:

@@ -71,8 +71,8 @@ def _cluster(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> l
 
     gains = gain(size[:, None], size[None, :], shared)
     np.fill_diagonal(gains, 0.0)
-    while len(items) and gains.max() > 0:
-        i, j = sorted(divmod(int(gains.argmax()), len(items)))
+    while len(items) and gains.flat[best := int(gains.argmax())] > 0:
+        i, j = sorted(divmod(best, len(items)))
         clusters[i] += clusters[j]
         clusters[j], open_[j] = [], False
         np.maximum(member[i], member[j], out=member[i])

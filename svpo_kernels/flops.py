@@ -8,7 +8,7 @@ eager; "exact" pays the visible (query, key) pairs only, as an attention does th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from .cuts import Sizes, cut
 from .packing import Request, StepBatch
 from .trees import StepTree
 
-SAMPLE = 1024  # pairs that choose_max_tokens looks at
+SAMPLE = 512  # pairs that choose_max_tokens looks at
 STEP, PATIENCE = 1.1, 8  # it tries sizes 10 % apart and stops after eight without a gain (2.1 x the best)
 
 
@@ -34,10 +34,10 @@ class ModelCost(NamedTuple):
     row: int
     attention: tuple[tuple[int | None, int], ...]
 
-    def training(self, tokens: int, rows: int, pairs: Iterable[tuple[int | None, int]]) -> int:
-        """FLOPs of forward and backward. pairs: what each window (None: no window) has as (query, key) pairs."""
-        seen = dict(pairs)
-        return 3 * (self.token * tokens + self.row * rows + sum(cost * seen[window] for window, cost in self.attention))
+    def training(self, tokens: int, rows: int, pairs: Mapping[int | None, int]) -> int:
+        """FLOPs of forward and backward. pairs: (query, key) pairs of a layer, by its window (None: no window)."""
+        attention = sum(cost * pairs[window] for window, cost in self.attention)
+        return 3 * (self.token * tokens + self.row * rows + attention)
 
 
 class FlopCount(NamedTuple):
@@ -113,37 +113,34 @@ def count_flops(config: Any, batches: StepBatch | Iterable[StepBatch], attention
         distinct = _sequences(cost, batch.distinct_lengths, batch.distinct_rows, attention)
         packed = distinct
         if batch.lengths is None:
-            depth = batch.position_ids.reshape(-1).cpu().numpy()
-            packed = _pack(cost, depth, batch.plan.rows.shape[0], attention)
+            seen = batch.position_ids.reshape(-1).cpu().numpy() + 1
+            packed = _pack(cost, seen, batch.plan.rows.shape[0], attention)
         total += (packed, pairwise, distinct)
     return FlopCount(*map(int, total))
 
 
-def _pack(cost: ModelCost, depth: np.ndarray, rows: int, attention: str) -> int:
-    T = len(depth)
-    return cost.training(T, rows, [(w, T * T if attention == "dense" else _visible(depth + 1, w))
-                                   for w, _ in cost.attention])
+def _pack(cost: ModelCost, seen: np.ndarray, rows: int, attention: str) -> int:
+    """seen: (T,) the tokens that each token sees without a window, itself included."""
+    T = len(seen)
+    pairs = {w: T * T if attention == "dense" else int(np.minimum(seen, w or T).sum()) for w, _ in cost.attention}
+    return cost.training(T, rows, pairs)
 
 
 def _sequences(cost: ModelCost, lengths: Sequence[int], rows: int, attention: str) -> int:
     L = np.array(lengths, dtype=np.int64)
-    pairs = []
+    pairs = {}
     for window, _ in cost.attention:
         inside = np.minimum(L, window or L.max(initial=0))  # queries that see everything before them
         exact = inside * (inside + 1) // 2 + (L - inside) * inside
-        pairs.append((window, int((L * L if attention == "dense" else exact).sum())))
+        pairs[window] = int((L * L if attention == "dense" else exact).sum())
     return cost.training(int(L.sum()), rows, pairs)
-
-
-def _visible(seen: np.ndarray, window: int | None) -> int:
-    return int((seen if window is None else np.minimum(seen, window)).sum())
 
 
 def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_config: Any) -> int:
     """The max_tokens for `pack_trees` that minimises counted training FLOPs of this model: `max_tokens: auto`.
 
     A larger pack repeats less and, under a dense mask, attends to more that it cannot see; with flex_attention in the
-    config nothing is attended in vain. Sizes are tried from the largest pair's up; of many pairs the first 1024 are
+    config nothing is attended in vain. Sizes are tried from the largest pair's up; of many pairs the first 512 are
     looked at. Memory is not considered.
 
     Raises what pack_trees raises for bad trees and pairs, and ValueError when there is no pair.
@@ -159,19 +156,20 @@ def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_con
     most = max(least, sizes.union(range(len(items))))
     if attention == "exact":
         return most
-    best, size, waited = (np.inf, most), float(least), 0
+    scored = [np.concatenate([request.trie.steps[g] for g in pair]) for pair in request.pairs[:SAMPLE]]
+
+    def flops(packs: Iterable[Sequence[int]]) -> int:
+        total = 0
+        for pack in packs:
+            T = sizes.union(pack)
+            rows = len(np.unique(request.trie.parent[np.concatenate([scored[n] for n in pack])]))
+            total += cost.training(T, rows, dict.fromkeys((w for w, _ in cost.attention), T * T))
+        return total
+
+    best, size, waited = (float("inf"), most), float(least), 0
     while size < most and waited < PATIENCE:
-        flops = sum(_pack(cost, *_held(request, pack), attention) for pack in cut(request.trie, items, int(size)))
-        waited = 0 if flops < best[0] else waited + 1
-        best = min(best, (flops, int(size)))
+        found = flops(cut(request.trie, items, int(size))), int(size)
+        waited = 0 if found < best else waited + 1
+        best = min(best, found)
         size *= STEP
-    whole = _pack(cost, *_held(request, list(range(len(items)))), attention)
-    return min(best, (whole, most))[1]
-
-
-def _held(request: Request, pack: list[int]) -> tuple[np.ndarray, int]:
-    """Depths of a pack's positions, and its distinct scored rows."""
-    trie = request.trie
-    depth = trie.depth[trie.needed(request.sequence_ends(pack))]
-    scored = np.concatenate([trie.steps[g] for g in np.unique(request.pairs[pack])])
-    return depth, len(np.unique(trie.parent[scored]))
+    return min(best, (flops([range(len(items))]), most))[1]

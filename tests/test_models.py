@@ -9,21 +9,12 @@ import tiny_models
 import tiny_trees
 import torch
 import transformers as hf
+from tiny_models import one_thread  # noqa: F401
 
 import svpo_kernels as sk
 from svpo_kernels import PackingError, check_packing
 from svpo_kernels.attention import model_inputs, unpackable
 from svpo_kernels.packing_check import telling_path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two threads, and threads that wait for a busy machine cost seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 CONFIGS = tiny_models.configs()
 REFUSED = tiny_models.refused()

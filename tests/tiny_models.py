@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as hf
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Imported where models are too small for two threads: threads that wait on a busy machine cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 VOCAB = 97
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
