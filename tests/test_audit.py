@@ -119,6 +119,17 @@ def test_shown_facts(tmp_path):
     assert "naive" not in text
 
 
+def test_pairs_of_one_kind_are_counted_apart(tmp_path):
+    row = changed("nested_tree")
+    row["reasoning_steps"]["children"][1]["text"] = "The answer is 7."  # a last step beside an inner one
+    path = write(tmp_path / "rows.jsonl", row)
+    one, any_kind = report(path), report(path, same_kind=False)
+    assert [(c.pairs, c.distinct, c.used) for c in one.pairs] == [(2, 2, 1)] * 3
+    assert [(c.pairs, c.distinct, c.used) for c in any_kind.pairs] == [(2, 2, 2)] * 3
+    assert (one.trees[0].pairs, any_kind.trees[0].pairs) == (1, 2)
+    assert "of one kind" in shown(one) and "of one kind" not in shown(any_kind)
+
+
 def test_shown_tokens(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD["nested_tree"], GOOD["nested_tree"])
     tokenizer = tokenizers_.qwen([json.dumps(GOOD["nested_tree"])], vocab_size=400)

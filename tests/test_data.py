@@ -229,6 +229,13 @@ def test_flat_tree(tmp_path):
     assert steps(read_one(tmp_path, react)) == steps(record)
 
 
+def test_flat_tree_step_with_children_is_not_terminal(tmp_path):
+    row = changed("flat_tree")
+    row["rstar"]["0.0"]["final_answer"] = "5"
+    row["rstar"]["0.1"]["final_answer"] = 6
+    assert [node.terminal for node in read_one(tmp_path, row).nodes] == [True, False, True, False]
+
+
 def test_flat_tree_keeps_the_scale_and_unset_q_values(tmp_path):
     row = changed("flat_tree")
     row["rstar"]["0.0"]["q_value"] = -100
@@ -342,6 +349,12 @@ def test_prm800k(tmp_path):
         (4, "It is 5.\n\n# Answer\n\n5", 1.0, True),
         (4, "Three.", 0.0, False),
     ]
+
+
+def test_prm800k_goes_on_from_the_chosen_completion(tmp_path):
+    row = changed("prm800k")
+    row["label"]["steps"][0]["chosen_completion"] = 1
+    assert [node.parent for node in read_one(tmp_path, row).nodes] == [-1, -1, -1, 1, 1, 4, 4]
 
 
 def test_prm800k_without_completions_and_without_continuation(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import tokenizers_
 from test_data import GOOD, balanced, changed, read_one, write
 
-from svpo_kernels.trainer.data import encode, load, read_trees
+from svpo_kernels import StepNode, StepTree
+from svpo_kernels.trainer.data import beyond, encode, load, read_trees
 from svpo_kernels.trainer.formats import FORMATS, DataError
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -132,6 +133,12 @@ def test_bad_rows_of_an_array_are_named_by_row_and_line(tmp_path):
         load(path, on_bad="error")
 
 
+def test_rows_of_an_array_know_their_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n[\n" + ",\n\n".join([json.dumps(GOOD["stepwise"])] * 4) + "\n]\n")
+    assert [record.line for record in load(path).records] == [3, 5, 7, 9]
+
+
 def test_one_indented_object_is_one_row(tmp_path):
     path = tmp_path / "row.json"
     path.write_text(json.dumps(GOOD["nested_tree"], indent=2))
@@ -208,6 +215,24 @@ def test_max_path_tokens_drops_the_steps_beyond_and_counts(tmp_path, tokenizer):
     with pytest.raises(DataError, match="rows.jsonl:1: 4 of 4 steps end beyond 5 tokens"):
         encode(data, tokenizer, max_path_tokens=5, on_bad="error")
     assert encode(data, tokenizer, max_path_tokens=max(tree.length)).ledger.kept == 2
+
+
+def test_max_path_tokens_keeps_the_tree_together(tmp_path, tokenizer):
+    row = changed("nested_tree")
+    row["reasoning_steps"]["children"].insert(0, {"text": "Far too long. " * 30, "children": [{"text": "x"}]})
+    data = load(write(tmp_path / "rows.jsonl", row))
+    whole = encode(load(write(tmp_path / "rows.jsonl", GOOD["nested_tree"])), tokenizer).trees[0]
+    cut = encode(data, tokenizer, max_path_tokens=max(whole.length))
+    assert cut.ledger.issues[0].detail.startswith("2 of 6 steps end beyond")
+    kept = cut.trees[0]
+    assert [(n.parent, n.text) for n in kept.nodes] == [(n.parent, n.text) for n in whole.nodes]
+    assert [kept.path(i) for i in range(4)] == [whole.path(i) for i in range(4)]
+
+
+def test_a_step_whose_parent_is_left_out_goes_with_it():
+    # Merges across the border can make a child's path shorter than its parent's.
+    nodes = [StepNode(-1, path_ids=[1, 2, 3, 4], start=1), StepNode(0, path_ids=[1, 2, 9], start=2)]
+    assert beyond(StepTree([1], nodes), 3) == {0, 1} and beyond(StepTree([1], nodes), 4) == set()
 
 
 def test_max_path_tokens_drops_a_pair_that_loses_a_side(tmp_path, tokenizer):

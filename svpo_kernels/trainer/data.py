@@ -243,7 +243,7 @@ def _encode_row(
 ) -> Example:
     tree = _tree(tokenizer, record.prompt, record.nodes, text_options)
     pairs = record.pairs
-    if max_path_tokens is not None and (long := _beyond(tree, max_path_tokens)):
+    if max_path_tokens is not None and (long := beyond(tree, max_path_tokens)):
         kind = "longer than max_path_tokens"
         what = f"{len(long)} of {len(tree)} steps end beyond {max_path_tokens} tokens on their path"
         nodes, pairs = _without(record, long)
@@ -265,7 +265,7 @@ def _tree(tokenizer: Any, prompt: Any, nodes: list[StepNode], text_options: dict
         raise RowProblem("cannot be tokenised", str(error)) from error
 
 
-def _beyond(tree: StepTree, limit: int) -> set[int]:
+def beyond(tree: StepTree, limit: int) -> set[int]:
     """Nodes whose path is longer than limit tokens, and all nodes under them."""
     long: set[int] = set()
     for i in tree.order:
