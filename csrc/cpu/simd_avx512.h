@@ -32,7 +32,8 @@ SVPO_INLINE Vec scale2(Vec a, Vec k) { return {_mm512_scalef_ps(a.v, k.v)}; }
 
 // t = whole + f with whole = floor(t) and 0 <= f < 1; f = 0 for an infinite t.
 SVPO_INLINE Vec fraction(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-// 2^t for t <= 127, within 2 ulp; 0 from -inf up to the underflow, NaN for NaN. The hot one: a softmax needs no more.
+// 2^t for t <= 127, within 3 ulp and unbiased (5e-9 in the mean); 0 from -inf up to the underflow, NaN for NaN. The hot
+// one: a degree more gives 1.3 ulp and costs 17 % of a softmax, whose sums and gradients do not show it.
 SVPO_INLINE Vec vexp2(Vec t) {
   const Vec f = fraction(t);
   // (2^f - 1) / f, minimax on [0, 1]: relative error of 2^f below 2^-23. The scaling takes floor(t) by itself.
