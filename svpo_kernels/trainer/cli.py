@@ -20,8 +20,8 @@ app = typer.Typer(
 
 TRAIN_HELP = """Train a model on step trees or step pairs.
 
-CONFIG is YAML. Its keys are those of SVPOConfig: every argument of svpo_loss and every field of transformers'
-TrainingArguments among them. Any key may be given again as key=value. A smallest configuration:
+CONFIG.yaml holds the settings: the keys of SVPOConfig, every argument of svpo_loss and every field of
+TrainingArguments (transformers) among them. Any of them may be given again as key=value. A smallest configuration:
 
 \b
     model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
@@ -40,16 +40,10 @@ A run that was killed goes on from its newest complete checkpoint when the same 
 """
 
 
-def fail(message: str) -> None:
-    """One line to stderr, exit code 1."""
-    typer.secho(message, err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
-
-
 @app.command(help=TRAIN_HELP)
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys.")] = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File with the settings of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override the file's.")] = None,
 ) -> None:
     import torch
 

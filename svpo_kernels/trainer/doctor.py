@@ -43,7 +43,7 @@ def devices() -> list[tuple[str, str]]:
 
 
 def show(console: Console) -> None:
-    """Print the three tables."""
+    """Print the three tables, and why a backend is not usable."""
     for title, heads, rows in (("Versions", ("package", "version"), versions()),
                                ("Devices", ("device", "what it is"), devices())):
         table = Table(*heads, title=title, title_justify="left")
@@ -51,8 +51,15 @@ def show(console: Console) -> None:
             table.add_row(*row)
         console.print(table)
     report = svpo_kernels.backends()
-    names = list(dict.fromkeys(name for op in report.values() for name in op if name != "auto"))
-    table = Table("op", "auto takes", *names, title="Backends", title_justify="left")
+    table = Table("op", "auto takes", "usable", title="Backends", title_justify="left")
+    reasons: dict[tuple[str, str], list[str]] = {}
     for op, entry in report.items():
-        table.add_row(op, entry["auto"], *(entry.get(name, "-") for name in names))
+        answers = {name: answer for name, answer in entry.items() if name != "auto"}
+        table.add_row(op, entry["auto"], ", ".join(name for name, answer in answers.items() if answer == "usable"))
+        for name, answer in answers.items():
+            if answer != "usable":
+                reasons.setdefault((name, answer.replace(op, "the op")), []).append(op)
     console.print(table)
+    for (name, reason), ops in reasons.items():
+        which = "every op" if len(ops) == len(report) else ", ".join(ops)
+        console.print(f"{name} is not usable for {which}: {reason}", highlight=False)

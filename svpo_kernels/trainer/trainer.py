@@ -274,7 +274,7 @@ class SVPOTrainer(SavingMixin, Trainer):
         """Training FLOPs of a pack and of the naive run of its pairs, counted from shapes, once a pack."""
         if "flops" not in pack:
             config = self.accelerator.unwrap_model(self.model).config
-            exact = self.config.attn_implementation == "flex_attention"
+            exact = getattr(config, "_attn_implementation", None) == "flex_attention"
             count = flops.count_flops(config, pack["batch"], "exact" if exact else "dense")
             run = {"tree": count.packed, "distinct": count.distinct, "pairs": count.pairwise}
             pack["flops"] = (run[pack["packing"]], count.pairwise)

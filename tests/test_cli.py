@@ -1,0 +1,145 @@
+"""The command line: help that teaches, errors in one line, and real runs of every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers_
+import torch
+import yaml
+from tiny_models import SMALL
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from svpo_kernels.trainer import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
+
+
+def invoke(*words):
+    return runner.invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(shared_data, tmp_path_factory):
+    """A model directory: tiny random Llama, BPE tokenizer trained on the sample text."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [row["prompt"] for row in json.loads((shared_data / "rstar_pairs.json").read_text())]
+    texts += (shared_data / "aps_trees.jsonl").read_text().splitlines()
+    tokenizer = tokenizers_.gpt2(texts, vocab_size=600)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL | dict(vocab_size=len(tokenizer), max_position_embeddings=4096))).save_pretrained(
+        folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("words, taught", [
+    ([], ["svpo demo", "svpo data FILE", "svpo train CONFIG.yaml"]),
+    (["train"], ["model_name_or_path:", "min_gap: 0.6", "svpo train run1.yaml learning_rate=5e-7", "torchrun"]),
+    (["data"], ["svpo data trees.jsonl --min-gap 0.6", "--tokenizer", "--value-range", "--on-bad"]),
+    (["demo"], ["--quick", "--steps", "No file and no download"]),
+    (["doctor"], ["versions, devices"]),
+])
+def test_help_teaches(words, taught):
+    result = invoke(*words, "--help")
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    for phrase in taught:
+        assert phrase in text, phrase
+
+
+def test_importing_the_package_or_the_command_line_does_not_import_transformers():
+    code = "import sys, svpo_kernels, svpo_kernels.trainer.cli; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("devices, environment, expected", [
+    (0, {}, None), (1, {}, None), (4, {"WORLD_SIZE": "4"}, None), (4, {"LOCAL_RANK": "0"}, None),
+    (4, {}, ["--num_processes", "4"])])
+def test_more_than_one_gpu_relaunches(devices, environment, expected):
+    command = cli.launcher(["train", "run.yaml", "seed=3"], devices, environment)
+    if expected is None:
+        assert command is None
+    else:
+        at = command.index("--num_processes")
+        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        assert command[at : at + 2] == expected and command[-3:] == ["train", "run.yaml", "seed=3"]
+
+
+@pytest.mark.parametrize("text, words, message", [
+    ("train_fil: x", [], "unknown key 'train_fil'"),
+    ("{}", ["beta=much"], "beta: invalid float value: 'much'"),
+    ("{}", [], "model_name_or_path is missing"),
+    ("{model_name_or_path: m}", [], "train_file is missing"),
+    ("{model_name_or_path: m, train_file: nowhere.jsonl}", [], "train_file: there is no file nowhere.jsonl"),
+])
+def test_mistakes_end_in_one_line(tmp_path, text, words, message):
+    (tmp_path / "run.yaml").write_text(text)
+    result = invoke("train", tmp_path / "run.yaml", f"output_dir={tmp_path}", *words)
+    assert result.exit_code == 1
+    assert message in result.output and len(result.output.strip().splitlines()) == 1
+
+
+def test_doctor_lists_every_op_and_device():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for word in ("svpo_kernels", "torch", "step_logps", "linear_step_logps", "svpo_loss", "reference", "usable", "cpu",
+                 "cuda is not usable"):
+        assert word in result.output, word
+
+
+def test_data_on_the_real_trees(shared_data, tiny_model):
+    result = invoke("data", shared_data / "aps_trees.jsonl", "--min-gap", "0.6", "--any-kind", "--tokenizer", tiny_model)
+    assert result.exit_code == 0, result.output
+    for count in ("143", "90", "24", "29", "108", "20"):
+        assert count in result.output, count
+    assert "2v - 1" in result.output
+
+
+def test_data_names_a_bad_row(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n')
+    result = invoke("data", tmp_path / "bad.jsonl")
+    assert result.exit_code == 0 and "2 read = 1 kept + 0 truncated + 1 dropped" in result.output
+    assert "missing key" in result.output
+    stopped = invoke("data", tmp_path / "bad.jsonl", "--on-bad", "error")
+    assert stopped.exit_code == 1 and "bad.jsonl:2" in stopped.output.replace("\n", "")
+
+
+def test_train_on_the_real_pairs(shared_data, tiny_model, tmp_path):
+    """Step pairs without values: Step-DPO, LoRA, in this process."""
+    settings = dict(model_name_or_path=str(tiny_model), train_file=str(shared_data / "rstar_pairs.json"), preset="step_dpo",
+                    peft="lora", lora_r=4, max_steps=2, pairs_per_step=4, output_dir=str(tmp_path / "out"), use_cpu=True,
+                    save_strategy="no", learning_rate=1e-2, disable_tqdm=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = invoke("train", tmp_path / "run.yaml", "seed=3")
+    assert result.exit_code == 0, result.output
+    assert "5 rows read, 5 kept" in result.output and "rewards/accuracies" in result.output
+    out = tmp_path / "out"
+    assert (out / "curves.png").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) == 3
+    assert yaml.safe_load((out / "svpo_config.yaml").read_text())["seed"] == 3
+    assert not (out / "value_head.pth").exists()
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.slow
+def test_demo_in_its_smallest_form(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "svpo_kernels.trainer.cli", "demo", "--quick", "--output-dir",
+                           str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for phrase in ("preference accuracy", "value accuracy", "loss", "naive pairs", "packed trees", "tokens", "FLOPs",
+                   "seconds", "curves:"):
+        assert phrase in done.stdout, phrase
+    assert "train:" in done.stderr and "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert len(list(tmp_path.rglob("curves.png"))) == 1
+    print(f"{time.monotonic() - began:.0f} s")

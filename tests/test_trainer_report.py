@@ -1,0 +1,152 @@
+"""What a run leaves: metrics that are exact means, metrics.jsonl, curves, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_trees import random_tree
+from training_ import make_config, make_trainer, small_lm, unequal_data
+
+from svpo_kernels import select_pairs
+from svpo_kernels.trainer import report
+from svpo_kernels.trainer.measure import WAYS, compare
+from svpo_kernels.trainer.metrics import NAMES, Sums, means
+from svpo_kernels.trainer.run import make_data
+from svpo_kernels.trainer.sampler import pair_weights
+
+TRAIN = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+         "rewards/margins", "logps/chosen", "logps/rejected", "loss/preference", "loss/value", "loss/rank", "loss/sft",
+         "value/mse", "value/accuracy", "compute/saved", "compute/saved_flops", "epoch", "step"}
+
+
+def test_metric_names_and_saved_compute(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, pairs_per_step=20, logging_steps=2)
+    packs = [pack["batch"] for step in range(2) for pack in trainer.planner.packs(0, step)]
+    trainer.train()
+    log, summary = trainer.state.log_history
+    assert set(log) == TRAIN
+    run, naive = sum(b.input_ids.numel() for b in packs), sum(b.pairwise_tokens for b in packs)
+    assert log["compute/saved"] == pytest.approx(1 - run / naive) and log["compute/saved"] > 0.5
+    assert summary["compute/saved"] == log["compute/saved"]
+    assert trainer.state.total_flos > 0
+
+
+def test_metrics_over_a_window_are_means_over_pairs(tmp_path):
+    """Two steps of unequal size logged together: the mean over all their pairs, not of the two means."""
+    kept = dict(learning_rate=0.0, pairs_per_step=20)
+    single = make_trainer(tmp_path / "a", max_steps=2, **kept)
+    sizes = [single.planner.share(0, step, 0)["counts"] for step in range(2)]
+    assert sizes[0][0] != sizes[1][0]
+    single.train()
+    one, two = single.state.log_history[:2]
+    both = make_trainer(tmp_path / "b", max_steps=2, logging_steps=2, **kept)
+    both.train()
+    log = both.state.log_history[0]
+    for name, kind in (("rewards/chosen", 0), ("rewards/accuracies", 0), ("logps/rejected", 0), ("value/mse", 1),
+                       ("value/accuracy", 0)):
+        mean = (one[name] * sizes[0][kind] + two[name] * sizes[1][kind]) / (sizes[0][kind] + sizes[1][kind])
+        assert log[name] == pytest.approx(mean, rel=1e-6), name
+    assert log["loss"] == pytest.approx((one["loss"] + two["loss"]) / 2, rel=1e-6)
+
+
+def test_a_metric_without_members_is_left_out():
+    sums = Sums()
+    sums.add(steps=1, tokens=10, pairwise_tokens=40)
+    found = means(sums.vector())
+    assert found == {"loss/preference": 0, "loss/value": 0, "loss/rank": 0, "loss/sft": 0, "compute/saved": 0.75}
+    assert len(sums.vector()) == len(NAMES)
+
+
+def test_evaluation_is_exact_whatever_the_cut(tmp_path):
+    held_out = unequal_data(((3, 2), (2, 3)))
+    found = [make_trainer(tmp_path / str(cut), eval_data=held_out, max_tokens=cut).evaluate() for cut in (60, 4096)]
+    for name in found[0]:
+        if not name.startswith(("eval_runtime", "eval_samples", "eval_steps", "eval_compute")):
+            assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+    assert found[0]["eval_compute/saved"] < found[1]["eval_compute/saved"]
+
+
+def test_a_value_only_run_has_no_policy_metrics(tmp_path):
+    trainer = make_trainer(tmp_path, preset="rstar", reference="none")
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert not any(name.startswith(("rewards/", "logps/")) for name in log) and log["loss/rank"] > 0
+    assert trainer.gradients.steps[0]["v_head.summary.weight"].abs().max() > 0
+    assert "lm.lm_head.weight" not in trainer.gradients.steps[0]
+
+
+def test_alphamath_needs_no_pairs(tmp_path):
+    config = make_config(tmp_path, preset="alphamath", sft_nodes="good", values="all")
+    trees = [random_tree(seed, depth=2, children=2) for seed in range(3)]
+    data = make_data(config, trees, [select_pairs(tree, "all", 0.2) for tree in trees])
+    assert data.num_pairs == 0 and all(len(nodes) for nodes in data.sft)
+    trainer = make_trainer(tmp_path, data=data, preset="alphamath", sft_nodes="good", values="all", pairs_per_step=2)
+    assert len(trainer.planner) == 2
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss/sft"] > 0 and log["value/mse"] > 0 and "rewards/chosen" not in log
+
+
+@pytest.mark.parametrize("rule, key", [("parent", lambda t, tree, row: (t, tree.nodes[row[0]].parent)),
+                                       ("tree", lambda t, tree, row: t)])
+def test_pair_weights(rule, key):
+    data = unequal_data()
+    weights = pair_weights(data.trees, data.pairs, rule)
+    groups: dict = {}
+    for t, (tree, rows, own) in enumerate(zip(data.trees, data.pairs, weights, strict=True)):
+        for row, weight in zip(rows, own, strict=True):
+            groups[key(t, tree, row)] = groups.get(key(t, tree, row), 0.0) + weight
+    assert len(set(map(len, data.pairs))) > 1
+    assert list(groups.values()) == pytest.approx([data.num_pairs / len(groups)] * len(groups), rel=1e-6)
+
+
+def test_the_three_ways_are_measured_and_agree(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = compare(trainer, unequal_data(), max_tokens=400, rounds=1)
+    assert [row.way for row in rows] == list(WAYS)
+    naive, distinct, packed = rows
+    assert naive.tokens > distinct.tokens > packed.tokens and naive.flops > distinct.flops > packed.flops
+    assert max(row.gradient_error for row in rows) < 1e-5 and min(row.seconds for row in rows) > 0
+    assert distinct.loss == pytest.approx(naive.loss, rel=1e-5) and packed.loss == pytest.approx(naive.loss, rel=1e-5)
+
+
+def test_curves_and_table(tmp_path):
+    history = [{"step": s, "loss": 2.0 / s, "rewards/accuracies": 0.1 * s, "compute/saved": 0.8} for s in (1, 2, 3)]
+    history.append({"step": 3, "eval_loss": 0.9, "eval_rewards/accuracies": 0.25})
+    path = report.draw_curves(history, tmp_path / "deep" / "curves.png", "a run")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    out = io.StringIO()
+    Console(file=out, width=100).print(report.summary_table(history, "a run"))
+    text = out.getvalue()
+    assert "rewards/accuracies" in text and "10.0%" in text and "30.0%" in text and "eval_loss" in text
+    assert "logps/chosen" not in text
+
+
+def test_curves_of_an_empty_history(tmp_path):
+    assert report.draw_curves([], tmp_path / "curves.png").is_file()
+
+
+def test_metrics_file_is_cut_back_on_resume(tmp_path):
+    settings = dict(pairs_per_step=9, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.add_callback(report.MetricsFile(tmp_path))
+    trainer.train()
+    again = make_trainer(tmp_path, **settings)
+    again.add_callback(report.MetricsFile(tmp_path))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / report.METRICS).read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("number, text", [(0, "0"), (999, "999"), (12345, "12.3 k"), (5.15e9, "5.15 G"), (2e15, "2 P")])
+def test_human(number, text):
+    assert report.human(number) == text
+
+
+def test_small_lm_is_the_same_every_time():
+    one, two = small_lm(), small_lm()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
