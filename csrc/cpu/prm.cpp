@@ -2,41 +2,18 @@
 //
 //   z = hidden[position] . weight[row] + bias[row],  d = cap(z_good) - cap(z_bad), or z_good with one class (bad < 0)
 //
-// The two head rows are widened to fp32 once; hidden is read once in the forward and once for the weight's gradient.
-// Sums run in double: the rows come from memory, which leaves the time, and a loss is one number, which shows the error.
+// The two head rows are widened once; hidden is read once in the forward and once for the weight's gradient. Sums run in
+// double: the rows come from memory, which leaves the time, and a loss is one number, which shows every error.
 #include "../numerics.h"
-#include "simd.h"
+#include "wide.h"
 
 namespace {
 
-constexpr int kLanes = 8;      // doubles that are summed side by side
-constexpr int kChunk = 64;     // elements widened at a time
-constexpr int kColumns = 32;   // columns of the weight's gradient held in registers
-constexpr int64_t kGrain = 1 << 15;     // elements of hidden that are worth a thread
+constexpr int64_t kColumns = 512;    // columns of the weight's gradient that one task sums
+constexpr int64_t kRows = 64;        // steps whose rows stay in cache while those columns are visited
+constexpr int64_t kGrain = 1 << 15;  // elements of hidden that are worth a thread
 
 enum { kNone, kSigmoid, kTanh };
-
-typedef float Floats8 __attribute__((vector_size(4 * kLanes)));
-typedef double Doubles8 __attribute__((vector_size(8 * kLanes)));
-
-SVPO_INLINE Doubles8 widen8(const float* p) {
-  Floats8 x;
-  memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, Doubles8);
-}
-
-SVPO_INLINE double sum8(Doubles8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-
-// n <= kChunk elements in fp32: fp32 itself stays where it is.
-SVPO_INLINE const float* widened(const float* p, int, float*) { return p; }
-template <class T>
-SVPO_INLINE const float* widened(const T* p, int n, float* stash) {
-  for (int i = 0; i < n; i += kWidth) {
-    const int left = n - i < kWidth ? n - i : kWidth;
-    store_n(stash + i, load_n(p + i, left, 0.0f), left);
-  }
-  return stash;
-}
 
 template <class T>
 struct Hidden {
@@ -53,20 +30,19 @@ struct Hidden {
   }
 };
 
-// The head rows that count for and against a step, in fp32; against is null with one class.
+// The head rows that count for and against a step, widened; `bad` is null with one class.
 struct Head {
-  Scratch<float> rows;
-  const float *good, *bad;
+  Scratch<double> rows;
+  const double *good, *bad;
   double good_bias = 0.0, bad_bias = 0.0;
   Head(int64_t D, bool two) : rows(2 * D), good(rows.data), bad(two ? rows.data + D : nullptr) {}
 };
 
 template <class W>
-void widen_row(const W* from, float* to, int64_t D) {
-  for (int64_t i = 0; i < D; i += kWidth) {
-    const int left = D - i < kWidth ? static_cast<int>(D - i) : kWidth;
-    store_n(to + i, load_n(from + i, left, 0.0f), left);
-  }
+void widen_row(const W* from, double* to, int64_t D) {
+  int64_t i = 0;
+  for (; i + kWidth <= D; i += kWidth) wide_store(to + i, widen(load(from + i)));
+  for (; i < D; ++i) to[i] = to_float(from[i]);
 }
 
 int fill_head(Head& head, const void* weight, int weight_dtype, int64_t stride, const void* bias, int bias_dtype,
@@ -87,29 +63,29 @@ int fill_head(Head& head, const void* weight, int weight_dtype, int64_t stride, 
   });
 }
 
-// Dots of a row with one or two head rows, read once. A product of two fp32 numbers is exact in double.
-template <bool two, class T>
-void dots(const T* h, const float* good, const float* bad, int64_t D, double out[2]) {
-  Doubles8 g[2] = {}, b[2] = {};
-  double g_tail = 0.0, b_tail = 0.0;
-  float stash[kChunk];
-  for (int64_t start = 0; start < D; start += kChunk) {
-    const int n = static_cast<int>(D - start < kChunk ? D - start : kChunk);
-    const float* const x = widened(h + start, n, stash);
-    int i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-      for (int k = 0; k < 2; ++k) {
-        const Doubles8 a = widen8(x + i + k * kLanes);
-        g[k] += a * widen8(good + start + i + k * kLanes);
-        if (two) b[k] += a * widen8(bad + start + i + k * kLanes);
-      }
-    for (; i < n; ++i) {
-      g_tail += static_cast<double>(x[i]) * good[start + i];
-      if (two) b_tail += static_cast<double>(x[i]) * bad[start + i];
+// Dots of up to two rows with one or two head rows; every row is read once, and a row alone gives the same bits.
+template <bool two, int count, class T>
+void dots(const T* const* h, const double* good, const double* bad, int64_t D, double (*out)[2]) {
+  Wide g[count], b[count];
+  for (int r = 0; r < count; ++r) g[r] = b[r] = wide_zero();
+  int64_t i = 0;
+  for (; i + kWidth <= D; i += kWidth) {
+    const Wide wg = wide_load(good + i), wb = two ? wide_load(bad + i) : wg;
+    for (int r = 0; r < count; ++r) {
+      const Wide x = widen(load(h[r] + i));
+      g[r] = fma(x, wg, g[r]);
+      if (two) b[r] = fma(x, wb, b[r]);
     }
   }
-  out[0] = sum8(g[0] + g[1]) + g_tail;
-  out[1] = two ? sum8(b[0] + b[1]) + b_tail : 0.0;
+  for (int r = 0; r < count; ++r) {
+    out[r][0] = hsum(g[r]);
+    out[r][1] = two ? hsum(b[r]) : 0.0;
+    for (int64_t k = i; k < D; ++k) {
+      const double x = to_float(h[r][k]);
+      out[r][0] += x * good[k];
+      if (two) out[r][1] += x * bad[k];
+    }
+  }
 }
 
 template <class T>
@@ -126,15 +102,21 @@ template <class T>
 void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, double softcap, int threads, float* logits,
                  double* d) {
   parallel_for(S, kGrain / (hidden.D + 1) + 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      double z[2];
-      if (head.bad) dots<true>(hidden.row(s), head.good, head.bad, hidden.D, z);
-      else dots<false>(hidden.row(s), head.good, head.bad, hidden.D, z);
-      z[0] += head.good_bias;
-      z[1] += head.bad_bias;
-      logits[2 * s] = static_cast<float>(z[0]);
-      logits[2 * s + 1] = static_cast<float>(z[1]);
-      d[s] = capped(z[0], softcap) - (head.bad ? capped(z[1], softcap) : 0.0);
+    for (int64_t s = first; s < last; s += 2) {
+      const bool pair = s + 1 < last;
+      const T* const rows[2] = {hidden.row(s), hidden.row(pair ? s + 1 : s)};
+      double z[2][2];
+      if (head.bad && pair) dots<true, 2>(rows, head.good, head.bad, hidden.D, z);
+      else if (head.bad) dots<true, 1>(rows, head.good, head.bad, hidden.D, z);
+      else if (pair) dots<false, 2>(rows, head.good, head.bad, hidden.D, z);
+      else dots<false, 1>(rows, head.good, head.bad, hidden.D, z);
+      for (int r = 0; r < 1 + pair; ++r) {
+        z[r][0] += head.good_bias;
+        z[r][1] += head.bad_bias;
+        logits[2 * (s + r)] = static_cast<float>(z[r][0]);
+        logits[2 * (s + r) + 1] = static_cast<float>(z[r][1]);
+        d[s + r] = capped(z[r][0], softcap) - (head.bad ? capped(z[r][1], softcap) : 0.0);
+      }
     }
   });
 }
@@ -187,45 +169,63 @@ int hidden_gradient(const Hidden<T>& hidden, const Head& head, const Coefficient
       Coefficients sum = {0.0, 0.0};
       for (int64_t j = i; j < S && hidden.position(order[j]) == at; ++j)
         sum.good += c[order[j]].good, sum.bad += c[order[j]].bad;
-      const Vec good = set1(static_cast<float>(sum.good)), bad = set1(static_cast<float>(sum.bad));
       T* const row = grad + at * D;
-      for (int64_t k = 0; k < D; k += kWidth) {
-        const int left = D - k < kWidth ? static_cast<int>(D - k) : kWidth;
-        Vec x = good * load_n(head.good + k, left, 0.0f);
-        if (head.bad) x = fma(bad, load_n(head.bad + k, left, 0.0f), x);
-        store_n(row + k, x, left);
+      const Wide good = wide_set1(sum.good), bad = wide_set1(sum.bad);
+      int64_t k = 0;
+      for (; k + kWidth <= D; k += kWidth) {
+        Wide x = fma(good, wide_load(head.good + k), wide_zero());
+        if (head.bad) x = fma(bad, wide_load(head.bad + k), x);
+        store(row + k, narrowed(x));
       }
+      for (; k < D; ++k)
+        row[k] = from_float<T>(static_cast<float>(sum.good * head.good[k] + (head.bad ? sum.bad * head.bad[k] : 0.0)));
     }
   });
   return SVPO_OK;
 }
 
-// Gradients of the two head rows, sums over the steps in order: column blocks in parallel, so that the thread count
-// does not matter.
+// Adds rows[r] * c[r] of `count` steps to sums of `width` columns from `start`.
+template <bool two, class T>
+void add_columns(const T* const* rows, const Coefficients* c, int count, int64_t start, int64_t width, double* good,
+                 double* bad) {
+  int64_t i = 0;
+  for (; i + kWidth <= width; i += kWidth) {
+    Wide g = wide_load(good + i), b = two ? wide_load(bad + i) : g;
+    for (int r = 0; r < count; ++r) {
+      const Wide x = widen(load(rows[r] + start + i));
+      g = fma(x, wide_set1(c[r].good), g);
+      if (two) b = fma(x, wide_set1(c[r].bad), b);
+    }
+    wide_store(good + i, g);
+    if (two) wide_store(bad + i, b);
+  }
+  for (; i < width; ++i)
+    for (int r = 0; r < count; ++r) {
+      const double x = to_float(rows[r][start + i]);
+      good[i] += x * c[r].good;
+      if (two) bad[i] += x * c[r].bad;
+    }
+}
+
+// Gradients of the two head rows, sums over the steps in order; tasks share columns, so that the thread count does not
+// matter.
 template <class T, class W>
 void weight_gradient(const Hidden<T>& hidden, const Coefficients* c, int64_t S, bool two, int threads, W* good, W* bad) {
   const int64_t D = hidden.D, blocks = (D + kColumns - 1) / kColumns;
   parallel_for(blocks, kGrain / (kColumns * (S + 1)) + 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
-      const int64_t start = block * kColumns;
-      const int width = static_cast<int>(D - start < kColumns ? D - start : kColumns);
-      Doubles8 sum[2][kColumns / kLanes] = {};
-      for (int64_t s = 0; s < S; ++s) {
-        float stash[kColumns] = {};
-        const T* const h = hidden.row(s) + start;
-        const float* x = stash;
-        if (width == kColumns) x = widened(h, kColumns, stash);
-        else
-          for (int i = 0; i < width; ++i) stash[i] = to_float(h[i]);
-        for (int k = 0; k < kColumns / kLanes; ++k) {
-          const Doubles8 a = widen8(x + k * kLanes);
-          sum[0][k] += a * c[s].good;
-          if (two) sum[1][k] += a * c[s].bad;
-        }
+      const int64_t start = block * kColumns, width = D - start < kColumns ? D - start : kColumns;
+      double sums[2][kColumns] = {};
+      for (int64_t s = 0; s < S; s += kRows) {
+        const int count = static_cast<int>(S - s < kRows ? S - s : kRows);
+        const T* rows[kRows];
+        for (int r = 0; r < count; ++r) rows[r] = hidden.row(s + r);
+        if (two) add_columns<true>(rows, c + s, count, start, width, sums[0], sums[1]);
+        else add_columns<false>(rows, c + s, count, start, width, sums[0], sums[1]);
       }
-      for (int i = 0; i < width; ++i) {
-        good[start + i] = from_float<W>(static_cast<float>(sum[0][i / kLanes][i % kLanes]));
-        if (two) bad[start + i] = from_float<W>(static_cast<float>(sum[1][i / kLanes][i % kLanes]));
+      for (int64_t i = 0; i < width; ++i) {
+        good[start + i] = from_float<W>(static_cast<float>(sums[0][i]));
+        if (two) bad[start + i] = from_float<W>(static_cast<float>(sums[1][i]));
       }
     }
   });

@@ -96,7 +96,7 @@ class _PrmScores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, good: int, bad: int,
                 activation: str, softcap: float, backend: str) -> Tensor:
         options = (good, bad, activation, softcap)
-        scores, logits = torch.ops.svpo.prm_scores_fwd(hidden, positions, weight, bias, *options, backend)
+        scores, logits = dispatch.call("prm_scores_fwd", backend, hidden, (hidden, positions, weight, bias, *options))
         ctx.save_for_backward(hidden, positions, weight, bias, logits)
         ctx.options, ctx.backend = options, backend
         return scores
@@ -105,7 +105,8 @@ class _PrmScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        found = torch.ops.svpo.prm_scores_bwd(grad, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        args = (grad, *ctx.saved_tensors, *ctx.options, *needs)
+        found = dispatch.call("prm_scores_bwd", ctx.backend, grad, args)
         return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 6
 
 
@@ -114,7 +115,8 @@ class _PrmLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, labels: Tensor,
                 good: int, bad: int, reduction: str, backend: str) -> Tensor:
         options = (good, bad, reduction)
-        loss, logits = torch.ops.svpo.prm_loss_fwd(hidden, positions, labels, weight, bias, *options, backend)
+        args = (hidden, positions, labels, weight, bias, *options)
+        loss, logits = dispatch.call("prm_loss_fwd", backend, hidden, args)
         ctx.save_for_backward(hidden, positions, labels, weight, bias, logits)
         ctx.options, ctx.backend = options, backend
         return loss
@@ -123,14 +125,15 @@ class _PrmLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        found = torch.ops.svpo.prm_loss_bwd(grad, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        args = (grad, *ctx.saved_tensors, *ctx.options, *needs)
+        found = dispatch.call("prm_loss_bwd", ctx.backend, grad, args)
         return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 6
 
 
 class _AggregateScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, offsets: Tensor, how: str, backend: str) -> Tensor:
-        out, chosen = torch.ops.svpo.aggregate_scores_fwd(scores, offsets, how, backend)
+        out, chosen = dispatch.call("aggregate_scores_fwd", backend, scores, (scores, offsets, how))
         ctx.save_for_backward(scores, offsets, out, chosen)
         ctx.how, ctx.backend = how, backend
         return out
@@ -138,7 +141,8 @@ class _AggregateScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.svpo.aggregate_scores_bwd(grad, *ctx.saved_tensors, ctx.how, ctx.backend), None, None, None
+        args = (grad, *ctx.saved_tensors, ctx.how)
+        return dispatch.call("aggregate_scores_bwd", ctx.backend, grad, args), None, None, None
 
 
 # -- public functions -------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ def prm_scores(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor |
     require_choice(op, "activation", activation, ACTIVATIONS)
     if bad >= 0 and activation is not None:
         fail(op, "activation", "None with two classes (the score is the softmax probability of `good`)", activation)
-    return _PrmScores.apply(_batched(hidden), weight, bias, positions, good, bad, activation or "none", 0.0, backend)
+    return _scores(hidden, positions, weight, bias, good, bad, activation or "none", 0.0, backend)
 
 
 def prm_scores_from_lm_head(hidden: Tensor, positions: Tensor, lm_head_weight: Tensor, good_token: int, bad_token: int,
@@ -215,8 +219,8 @@ def prm_scores_from_lm_head(hidden: Tensor, positions: Tensor, lm_head_weight: T
         fail(op, "bad_token", "another token than good_token", bad_token)
     if softcap is not None:
         require_positive(op, "softcap", softcap)
-    return _PrmScores.apply(_batched(hidden), lm_head_weight, None, positions, good_token, bad_token, "none",
-                            float(softcap or 0.0), backend)
+    return _scores(hidden, positions, lm_head_weight, None, good_token, bad_token, "none", float(softcap or 0.0),
+                   backend)
 
 
 def prm_loss(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, *,
@@ -318,6 +322,15 @@ def _check_head(op: str, hidden: Tensor, positions: Tensor, weight: Tensor, bias
             fail(op, "bias", f"(C,) = ({C},) on {hidden.device}", bias)
     require_choice(op, "good", good, (0, 1))
     return (good, 1 - good) if C == 2 else (0, -1)
+
+
+def _scores(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    hidden = _batched(hidden)
+    needed = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if needed and torch.is_grad_enabled():
+        return _PrmScores.apply(hidden, weight, bias, positions, *rest)
+    *options, backend = rest  # Scoring alone: an autograd function costs as much as the op.
+    return dispatch.call("prm_scores_fwd", backend, hidden, (hidden, positions, weight, bias, *options))[0]
 
 
 def _batched(hidden: Tensor) -> Tensor:
