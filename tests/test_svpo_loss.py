@@ -349,7 +349,7 @@ SECOND = [case for case in CASES if case.name in (
 def test_gradcheck_to_second_order(case: LossCase) -> None:
     tensors, pairs, options = make(replace(case, P=3, S=5, sft=min(case.sft, 2)))
     tensors = {name: None if x is None else x.double() for name, x in tensors.items()}
-    # The implicit reward is detached: finite differences see a dependence on lp that the gradient leaves out on purpose.
+    # The implicit reward is detached: finite differences see a dependence that the gradient leaves out.
     names = ["values"] if case.name == "implicit" else [name for name, x in tensors.items() if x is not None]
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from .. import dispatch
 from .._autograd import once_differentiable
 from .._checks import (
     FLOATS,
+    describe,
     fail,
     require_choice,
     require_float,
@@ -212,7 +213,7 @@ def prm_scores_from_lm_head(hidden: Tensor, positions: Tensor, lm_head_weight: T
     V = lm_head_weight.shape[0]
     for name, token in (("good_token", good_token), ("bad_token", bad_token)):
         if isinstance(token, bool) or not isinstance(token, int):
-            fail(op, name, "an int", token, TypeError)
+            fail(op, name, "an int", describe(token), TypeError)
         if not 0 <= token < V:
             fail(op, name, f"in [0, V) with V = {V}", token, IndexError)
     if good_token == bad_token:

@@ -129,7 +129,7 @@ def _gradients(grad_d: Tensor, z: Tensor, hidden: Tensor, positions: Tensor, wei
     cap = 1.0 - torch.tanh(z / softcap).square() if softcap else torch.ones_like(z)
     dz = grad_d.unsqueeze(1) * signs * cap[:, : len(signs)]
     classes = [good, bad] if bad >= 0 else [good]
-    grads = [hidden.new_empty(0)] * 3
+    grads = [hidden.new_empty(0) for _ in range(3)]
     with torch.autocast(hidden.device.type, enabled=False):
         if needs[0]:
             rows = dz @ torch.stack([weight[c] for c in classes]).to(dz.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .._checks import FLOATS, INTEGERS, fail, require_choice, require_no_grad, require_positive
+from .._checks import FLOATS, INTEGERS, describe, fail, require_choice, require_no_grad, require_positive
 from .presets import PRESETS
 from .reference import Inputs, Options, compute_dtype, svpo_loss_terms, weighted_sum
 
@@ -303,7 +303,7 @@ def _per_pair(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> tup
     if isinstance(x, (int, float)):
         return None, x
     if not isinstance(x, Tensor):
-        fail(op, name, "a number or a (P,) tensor", x, TypeError)
+        fail(op, name, "a number or a (P,) tensor", describe(x), TypeError)
     _check_pair_tensor(op, name, x, like, pairs)
     return x, 0.0
 

@@ -83,12 +83,11 @@ def svpo_loss_bwd(
         return sum(parts[1:], parts[0]) * slope if parts else torch.zeros_like(slope)
 
     preference = scaled(slopes[0], grad_preference, preference_weight)
-    none = slopes.new_empty(0)
     return (
-        preference + scaled(slopes[1], grad_sft, sft_weight) if need_logps else none,
-        -preference if need_ref else none,
+        preference + scaled(slopes[1], grad_sft, sft_weight) if need_logps else slopes.new_empty(0),
+        -preference if need_ref else slopes.new_empty(0),
         scaled(slopes[2], grad_value, value_weight) + scaled(slopes[3], grad_rank, rank_weight)
-        if need_values else none,
+        if need_values else slopes.new_empty(0),
     )
 
 
@@ -96,7 +95,7 @@ def svpo_loss_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, T
     """preference, value, rank and sft, each over its count and before its weight; differentiable in lp, ref and v."""
     x = _prepare(inputs, options)
     pairs, sft_steps = inputs.pairs, inputs.sft_steps
-    preference = value = rank = sft = x.zero
+    preference, value, rank, sft = (x.zero.clone() for _ in range(4))
     if x.D is not None:
         losses = _preference_losses(x.D, options.preference, options.beta, x.margin, x.e) * x.weights
         preference = _over_count(losses.sum(), pairs.shape[0], x.counts[0])
@@ -255,9 +254,8 @@ def _scatter_pairs(x: Tensor, pairs: Tensor, S: int) -> Tensor:
 def _metrics(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """accuracy, value_accuracy, chosen and rejected rewards. Ties are wrong; NaN where there is nothing to say."""
     dtype, pairs = compute_dtype(inputs), inputs.pairs
-    unknown = pairs.new_full((), torch.nan, dtype=dtype)
-    accuracy = value_accuracy = unknown
-    chosen = rejected = unknown.expand(pairs.shape[0]).clone()
+    accuracy, value_accuracy, chosen, rejected = (
+        pairs.new_full(size, torch.nan, dtype=dtype) for size in ((), (), pairs.shape[:1], pairs.shape[:1]))
     if inputs.step_logps is not None:
         ratio = inputs.step_logps.detach().to(dtype)
         ratio = ratio if inputs.ref_step_logps is None else ratio - inputs.ref_step_logps.detach().to(dtype)
