@@ -35,8 +35,8 @@ def tiny_model(shared_data, tmp_path_factory):
     texts += (shared_data / "aps_trees.jsonl").read_text().splitlines()
     tokenizer = tokenizers_.gpt2(texts, vocab_size=600)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL | dict(vocab_size=len(tokenizer), max_position_embeddings=4096))).save_pretrained(
-        folder)
+    config = LlamaConfig(**SMALL | dict(vocab_size=len(tokenizer), max_position_embeddings=4096))
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -98,7 +98,8 @@ def test_doctor_lists_every_op_and_device():
 
 
 def test_data_on_the_real_trees(shared_data, tiny_model):
-    result = invoke("data", shared_data / "aps_trees.jsonl", "--min-gap", "0.6", "--any-kind", "--tokenizer", tiny_model)
+    result = invoke("data", shared_data / "aps_trees.jsonl", "--min-gap", "0.6", "--any-kind", "--tokenizer",
+                    tiny_model)
     assert result.exit_code == 0, result.output
     for count in ("143", "90", "24", "29", "108", "20"):
         assert count in result.output, count
@@ -106,7 +107,8 @@ def test_data_on_the_real_trees(shared_data, tiny_model):
 
 
 def test_data_names_a_bad_row(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n')
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 3}]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = invoke("data", tmp_path / "bad.jsonl")
     assert result.exit_code == 0 and "2 read = 1 kept + 0 truncated + 1 dropped" in result.output
     assert "missing key" in result.output
@@ -116,9 +118,9 @@ def test_data_names_a_bad_row(tmp_path):
 
 def test_train_on_the_real_pairs(shared_data, tiny_model, tmp_path):
     """Step pairs without values: Step-DPO, LoRA, in this process."""
-    settings = dict(model_name_or_path=str(tiny_model), train_file=str(shared_data / "rstar_pairs.json"), preset="step_dpo",
-                    peft="lora", lora_r=4, max_steps=2, pairs_per_step=4, output_dir=str(tmp_path / "out"), use_cpu=True,
-                    save_strategy="no", learning_rate=1e-2, disable_tqdm=True)
+    settings = dict(model_name_or_path=str(tiny_model), train_file=str(shared_data / "rstar_pairs.json"),
+                    preset="step_dpo", peft="lora", lora_r=4, max_steps=2, pairs_per_step=4, use_cpu=True,
+                    output_dir=str(tmp_path / "out"), save_strategy="no", learning_rate=1e-2, disable_tqdm=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     result = invoke("train", tmp_path / "run.yaml", "seed=3")
     assert result.exit_code == 0, result.output

@@ -10,9 +10,10 @@ import pytest
 from svpo_kernels import PRESETS, svpo_loss
 from svpo_kernels.trainer.config import LOSS_KEYS, ConfigError, SVPOConfig, load_config, valid_keys
 
-PROMISED = ("model_name_or_path", "ref_model_name_or_path", "train_file", "eval_file", "output_dir", "preset", "pair_rule",
-            "min_gap", "max_pairs", "max_tokens", "max_path_tokens", "step_separator", "pairs_per_step", "pair_weight",
-            "disable_dropout", "packing", "learning_rate", "num_train_epochs", "bf16", "deepspeed", "fsdp")
+PROMISED = ("model_name_or_path", "ref_model_name_or_path", "train_file", "eval_file", "output_dir", "preset",
+            "pair_rule", "min_gap", "max_pairs", "max_tokens", "max_path_tokens", "step_separator", "pairs_per_step",
+            "pair_weight", "disable_dropout", "packing", "learning_rate", "num_train_epochs", "bf16", "deepspeed",
+            "fsdp")
 
 
 def write(tmp_path, text):
@@ -42,7 +43,8 @@ def test_defaults_are_offline_and_exact(tmp_path):
 def test_every_promised_key_is_there():
     assert set(PROMISED) <= set(valid_keys())
     scalars = set(inspect.signature(svpo_loss).parameters) - {
-        "step_logps", "pairs", "ref_step_logps", "values", "value_targets", "pair_weights", "sft_steps", "counts", "backend"}
+        "step_logps", "pairs", "ref_step_logps", "values", "value_targets", "pair_weights", "sft_steps", "counts",
+        "backend"}
     assert set(LOSS_KEYS) == scalars
     assert all(field.metadata.get("help") for field in dataclasses.fields(SVPOConfig) if field.name in PROMISED)
 

@@ -87,3 +87,20 @@ def test_packs_of_a_step_hold_its_pairs_and_targets_once(tmp_path):
     assert sorted(targets) == [(t, n) for t, tree in enumerate(data.trees) for n in range(len(tree))]
     assert sorted(sft) == [(t, n) for t, nodes in enumerate(data.sft) for n in nodes.tolist()]
     assert trainer.planner.share(0, 0, 0)["counts"] == (len(pairs), len(targets), len(sft))
+
+
+def test_a_pair_that_fits_no_pack_is_named_before_training(tmp_path):
+    data = unequal_data(((1, 2), (3, 2)))
+    sizes = {}
+    for t, (tree, rows) in enumerate(zip(data.trees, data.pairs, strict=True)):
+        for w, l in rows.tolist():
+            together = {tuple(tree.path(node)[:end]) for node in (w, l) for end in range(1, tree.length[node] + 1)}
+            sizes[t, w, l] = len(together)
+    (t, w, l), tokens = max(sizes.items(), key=lambda item: item[1])
+    make_trainer(tmp_path, data=data, max_tokens=tokens).planner.packs(0, 0)
+    with pytest.raises(ValueError, match="max_tokens must be at least .*, the tokens of pair .*, got 20; raise it"):
+        make_trainer(tmp_path, data=data, max_tokens=20)
+    others = [size for pair, size in sizes.items() if pair != (t, w, l)]
+    if max(others) < tokens:
+        with pytest.raises(ValueError, match=rf"at least {tokens}, the tokens of pair \({w}, {l}\) of tree {t}, got"):
+            make_trainer(tmp_path, data=data, max_tokens=tokens - 1)

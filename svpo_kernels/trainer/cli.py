@@ -21,7 +21,7 @@ app = typer.Typer(
 TRAIN_HELP = """Train a model on step trees or step pairs.
 
 CONFIG.yaml holds the settings: the keys of SVPOConfig, every argument of svpo_loss and every field of
-TrainingArguments (transformers) among them. Any of them may be given again as key=value. A smallest configuration:
+TrainingArguments (transformers) among them; any of them may be given again as key=value. A smallest configuration:
 
 \b
     model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
@@ -43,7 +43,7 @@ A run that was killed goes on from its newest complete checkpoint when the same 
 @app.command(help=TRAIN_HELP)
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File with the settings of the run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override the file's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top.")] = None,
 ) -> None:
     import torch
 

@@ -31,7 +31,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(problems=512, eval_problems=32, steps=900, measured_trees=24, rounds=3)
+FULL = Size(problems=512, eval_problems=32, steps=600, measured_trees=24, rounds=3)
 QUICK = Size(problems=16, eval_problems=4, steps=6, measured_trees=4, rounds=1)
 
 
@@ -74,7 +74,7 @@ def demo_config(output_dir: Path, files: Any, steps: int, seed: int) -> SVPOConf
     return load_config(
         None, output_dir=str(output_dir), train_file=str(files.train), eval_file=str(files.eval), preset="svpo",
         beta=0.3, value_weight=5.0, rank_weight=3.0, rank_margin=0.3, sft_weight=1.0, sft_nodes="good", values="path",
-        min_gap=demo_data.MIN_GAP, pairs_per_step=64, max_tokens=1024, max_steps=steps, learning_rate=4e-3,
+        min_gap=demo_data.MIN_GAP, pairs_per_step=64, max_steps=steps, learning_rate=4e-3,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), eval_strategy="steps",
         eval_steps=max(1, steps // 4), eval_on_start=True, save_strategy="no", seed=seed,
     )

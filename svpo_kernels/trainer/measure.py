@@ -40,13 +40,14 @@ class Measured:
 def compare(trainer: SVPOTrainer, data: TrainData, max_tokens: int, rounds: int = 3) -> list[Measured]:
     """Forward and backward of all pairs in `data` in every way, the ways interleaved, on an otherwise idle trainer.
 
-    max_tokens: most tokens of one batch, the same for every way. Raises RuntimeError when gradients differ by more than
-    a thousandth: figures of runs that compute different things are worth nothing.
+    max_tokens: most tokens of a padded batch; packs keep the trainer's own limit. Raises RuntimeError when gradients
+    differ by more than a thousandth: figures of runs that compute different things are worth nothing.
     """
     trainer.prepare_reference(data)
     plans = {}
     for way in WAYS:
-        settings = replace(trainer.settings, packing=way, max_tokens=max_tokens, world_size=1, min_packs=1,
+        most = trainer.settings.max_tokens if way == "tree" else max_tokens
+        settings = replace(trainer.settings, packing=way, max_tokens=most, world_size=1, min_packs=1,
                            pairs_per_step=data.num_pairs + len(data.trees))
         plans[way] = EpochPlanner(data, settings, None).share(0, 0, 0)
     counted = _count(trainer, plans["tree"]["packs"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,11 +108,28 @@ class EpochPlanner:
         self._orders = [self._pair_order(index) for index in range(len(data.trees))]
         self.num_items = sum(len(order) for order in self._orders)
         self._epoch: tuple[int, list[list[Item]]] | None = None
+        if settings.packing == "tree":
+            self._check_lengths()
         if self.num_items == 0:
             raise ValueError(
                 f"svpo train: no pairs and no labelled steps in {len(data.trees)} trees; lower min_gap, or see what "
                 "`svpo data FILE` finds in the file"
             )
+
+    def _check_lengths(self) -> None:
+        """Every pair fits into one pack: said before training, not in the middle of it."""
+        most = self.settings.max_tokens
+        for index, (tree, pairs) in enumerate(zip(self.data.trees, self.data.pairs, strict=True)):
+            for w, l in pairs.tolist():
+                tokens = tree.length[w] + tree.length[l] - min(tree.start[w], tree.start[l])
+                if tokens > most:  # siblings may share more than that: count
+                    shared = len(os.path.commonprefix([tree.path(w), tree.path(l)]))
+                    tokens = tree.length[w] + tree.length[l] - shared
+                if tokens > most:
+                    raise ValueError(
+                        f"svpo train: max_tokens must be at least {tokens}, the tokens of pair ({w}, {l}) of tree "
+                        f"{index}, got {most}; raise it, or leave out long paths with max_path_tokens"
+                    )
 
     def __len__(self) -> int:
         """Optimizer steps of an epoch."""
