@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NoReturn
 
 import torch
@@ -21,6 +22,12 @@ def describe(value: object) -> str:
 def fail(op: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
     got = got if isinstance(got, str) else describe(got)
     raise error(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether the values of an index tensor may be read for a check: a device's only under SVPO_CHECK=1, as it costs a
+    wait for the device."""
+    return tensor.is_cpu or os.environ.get("SVPO_CHECK") == "1"
 
 
 def require_float(op: str, argument: str, value: object) -> None:

@@ -182,3 +182,22 @@ def test_bad_steps_in_a_compiled_graph_raise_too() -> None:
     assert compiled(LP, PAIRS).item() == pytest.approx(0.6931472)
     with pytest.raises(IndexError, match=r"svpo_loss: pairs must be steps in \[0, S\) with S = 4, got step 5"):
         compiled(LP, PAIRS + 2)
+
+
+@pytest.mark.gpu
+def test_bad_indices_on_a_device_give_nan_and_raise_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"lp": LP, "pairs": PAIRS + 2, "hidden": H, "at": POS + 9, "weight": W}
+    cuda = {name: x.cuda() for name, x in given.items()}
+    calls = [
+        lambda: sk.svpo_loss(cuda["lp"], cuda["pairs"]).loss,
+        lambda: sk.prm_scores(cuda["hidden"], cuda["at"], cuda["weight"]),
+        lambda: sk.prm_loss(cuda["hidden"], cuda["at"], cuda["lp"][:2], cuda["weight"]),
+        lambda: sk.prm_loss(cuda["hidden"], cuda["at"] - 9, cuda["lp"][:2] - 1, cuda["weight"]),
+        lambda: sk.aggregate_scores(cuda["lp"], torch.tensor([0, 9], device="cuda")),
+    ]
+    for call in calls:
+        assert call().isnan().any()
+    monkeypatch.setenv("SVPO_CHECK", "1")
+    for call in calls:
+        with pytest.raises((IndexError, ValueError), match="must be"):
+            call()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import fail
+from .._checks import can_look, fail
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,8 +59,7 @@ def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tens
     check_labels(labels)
     z = head_logits(hidden, positions, weight, bias, good, bad)
     d = decision(z, bad, 0.0)
-    labelled = ~torch.isnan(labels)
-    y = torch.where(labelled, labels, 0.0).to(d.dtype)
+    labelled, y = _targets(labels, d.dtype)
     losses = torch.where(labelled, -(y * F.logsigmoid(d) + (1.0 - y) * F.logsigmoid(-d)), 0.0)
     out = losses if reduction == "none" else losses.sum()
     out = out / labelled.sum().clamp_min(1) if reduction == "mean" else out
@@ -73,12 +72,18 @@ def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor
     """As `prm_scores_bwd`, for grad () or (S,)."""
     z = logits.to(_compute(hidden))
     d = decision(z, bad, 0.0)
-    labelled = ~torch.isnan(labels)
-    y = torch.where(labelled, labels, 0.0).to(d.dtype)
+    labelled, y = _targets(labels, d.dtype)
     slope = torch.where(labelled, (1.0 - y) * torch.sigmoid(d) - y * torch.sigmoid(-d), 0.0)
     grad = grad / labelled.sum().clamp_min(1) if reduction == "mean" else grad
     return _gradients(grad * slope, z, hidden, positions, weight, bias, good, bad, 0.0,
                       (need_hidden, need_weight, need_bias))
+
+
+def _targets(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which steps are labelled, and the probabilities, 0 where they are not; NaN for what is not a probability."""
+    labelled = ~torch.isnan(labels)
+    y = torch.where((labels >= 0) & (labels <= 1), labels, torch.nan)
+    return labelled, torch.where(labelled, y, 0.0).to(dtype)
 
 
 def head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int,
@@ -155,8 +160,8 @@ def _gradients(grad_d: Tensor, z: Tensor, hidden: Tensor, positions: Tensor, wei
 
 
 def check_positions(op: str, hidden: Tensor, positions: Tensor) -> None:
-    """Positions that exist, where they can be seen without asking a device."""
-    if positions.device.type == "cpu" and positions.numel():
+    """Positions that exist, where they may be read."""
+    if can_look(positions) and positions.numel():
         rows = hidden.shape[0] * hidden.shape[1]
         low, high = (int(x) for x in torch.aminmax(positions))
         if low < 0 or high >= rows:
@@ -164,7 +169,8 @@ def check_positions(op: str, hidden: Tensor, positions: Tensor) -> None:
 
 
 def check_labels(labels: Tensor) -> None:
-    if labels.device.type == "cpu" and labels.numel():
+    """Labels that are probabilities, where they may be read."""
+    if can_look(labels) and labels.numel():
         outside = labels[(labels < 0) | (labels > 1)]
         if outside.numel():
             fail("prm_loss", "labels", "in [0, 1] (NaN = unlabelled)", f"a label of {float(outside[0]):g}")
@@ -186,7 +192,7 @@ def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Ten
         chosen = torch.where(lengths > 0, offsets[:-1] + index, -1)
     elif how == "last":
         chosen = torch.where(lengths > 0, offsets[1:] - 1, -1)
-        out = rows.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+        out = rows.gather(1, (lengths - 1).clamp(0, rows.shape[1] - 1).unsqueeze(1)).squeeze(1)
     elif how == "prod":
         out = rows.prod(1)
     elif how == "mean":
@@ -195,7 +201,8 @@ def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Ten
         out = torch.exp(torch.log(torch.where(rows <= 0, 1.0, rows)).sum(1) / lengths)
         out = torch.where((rows == 0).any(1) & ~out.isnan(), 0.0, out)
         out = torch.where((rows < 0).any(1), torch.nan, out)
-    return torch.where(lengths > 0, out, torch.nan), chosen.long()
+    sound = (offsets[0] == 0) & (offsets[-1] == scores.shape[0]) & (lengths >= 0).all()
+    return torch.where(sound & (lengths > 0), out, torch.nan), chosen.clamp(-1, scores.shape[0] - 1).long()
 
 
 def aggregate_scores_bwd(grad: Tensor, scores: Tensor, offsets: Tensor, out: Tensor, chosen: Tensor,
@@ -217,22 +224,23 @@ def aggregate_scores_bwd(grad: Tensor, scores: Tensor, offsets: Tensor, out: Ten
         return torch.where(result == 0, 0.0, upstream * result / (length * scores.to(out.dtype))).to(scores.dtype)
     rows = F.pad(_padded(scores, offsets, 1.0), (1, 1), value=1.0)
     others = rows.cumprod(1)[:, :-2] * rows.flip(1).cumprod(1).flip(1)[:, 2:]
-    return (upstream * others[sequence, k - offsets[sequence]]).to(scores.dtype)
+    at = (k - offsets[sequence]).clamp(0, others.shape[1] - 1)
+    return (upstream * others[sequence, at]).to(scores.dtype)
 
 
 def _padded(scores: Tensor, offsets: Tensor, fill: float) -> Tensor:
     """(B, longest) in fp32 (fp64 for fp64), `fill` behind the end of a sequence."""
     scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     S, starts, lengths = scores.shape[0], offsets[:-1], offsets.diff()
-    longest = max(1, int(lengths.max())) if lengths.numel() else 1
+    longest = max(1, min(S, int(lengths.max()))) if lengths.numel() else 1
     step = torch.arange(longest, device=scores.device)
-    at = torch.where(step < lengths.unsqueeze(1), starts.unsqueeze(1) + step, S)
+    at = torch.where(step < lengths.unsqueeze(1), starts.unsqueeze(1) + step, S).clamp(0, S)
     return torch.cat([scores, scores.new_full((1,), fill)])[at]
 
 
 def check_offsets(scores: Tensor, offsets: Tensor) -> None:
-    """Offsets that run from 0 to S, where they can be seen without asking a device."""
-    if offsets.device.type != "cpu":
+    """Offsets that run from 0 to S, where they may be read."""
+    if not can_look(offsets):
         return
     S = scores.shape[0]
     if int(offsets[0]) != 0 or int(offsets[-1]) != S:

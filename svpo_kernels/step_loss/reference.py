@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import fail
+from .._checks import can_look, fail
 
 
 class Inputs(NamedTuple):
@@ -232,7 +232,7 @@ def _over_count(total: Tensor, members: Tensor | int, count: Tensor | float) -> 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x[index], whose backward adds in a fixed order on every device; NaN for a step that does not exist."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return x.index_select(0, index)
     inside = (index >= 0) & (index < x.shape[0])
     return torch.where(inside, x[torch.where(inside, index, 0).long()], torch.nan)
@@ -241,7 +241,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 def _scatter(x: Tensor, index: Tensor, S: int) -> Tensor:
     """(S,) sums of x by step, in a fixed order on every device; a step that does not exist is left out."""
     out = x.new_zeros(S)
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return out.index_add_(0, index, x)
     inside = (index >= 0) & (index < S)
     return out.index_put_((torch.where(inside, index, 0).long(),), torch.where(inside, x, 0.0), accumulate=True)
@@ -268,9 +268,9 @@ def _metrics(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def check_values(inputs: Inputs, options: Options) -> None:
-    """What can be seen without asking a device: steps that exist, and a count where a term has members."""
+    """Steps that exist, and a count where a term has members, where the values may be read."""
     like = inputs.step_logps if inputs.step_logps is not None else inputs.values
-    if inputs.pairs.device.type != "cpu":
+    if not can_look(inputs.pairs):
         return
     S = like.shape[0]
     for name, index in (("pairs", inputs.pairs), ("sft_steps", inputs.sft_steps)):
