@@ -53,8 +53,13 @@ def threads() -> Iterator[None]:
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a process of its own, from the tree under test."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment})
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment},
+    )
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -89,7 +94,11 @@ def test_elementary_functions_over_the_whole_range(isa: str, function: str) -> N
 
 def test_elementary_functions_at_the_ends(isa: str) -> None:
     x = torch.tensor([torch.nan, -torch.inf, -1e30, -200.0, 0.0, -0.0])
-    expected = {"exp": [0.0, 0.0, 0.0, 1.0, 1.0], "exp2": [0.0, 0.0, 0.0, 1.0, 1.0], "tanh": [-1.0, -1.0, -1.0, 0.0, -0.0]}
+    expected = {
+        "exp": [0.0, 0.0, 0.0, 1.0, 1.0],
+        "exp2": [0.0, 0.0, 0.0, 1.0, 1.0],
+        "tanh": [-1.0, -1.0, -1.0, 0.0, -0.0],
+    }
     for function, values in expected.items():
         out = elementwise(x, function)
         assert out[0].isnan() and out[1:].tolist() == values, function
@@ -102,9 +111,13 @@ def test_half_precision_conversion_of_every_value(isa: str, dtype: torch.dtype, 
     """All 65536 values read, scaled in fp32 and written: the same bits as torch, NaN aside."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 256)
     rows = x.shape[0]
-    plan = sk.StepPlan.from_predictions(torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows), rows)
+    plan = sk.StepPlan.from_predictions(
+        torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows), rows
+    )
     zeros = torch.zeros(rows)
-    scaled = linear_rows.branch_hidden(x, x[:1], zeros, zeros, zeros, torch.full((rows,), factor), plan.tensors, 0, 1.0, 0.0)
+    scaled = linear_rows.branch_hidden(
+        x, x[:1], zeros, zeros, zeros, torch.full((rows,), factor), plan.tensors, 0, 1.0, 0.0
+    )
     expected = (x.float() * factor).to(dtype)
     nan = expected.isnan()
     assert torch.equal(scaled.isnan(), nan)
@@ -168,6 +181,20 @@ def test_strides(isa: str, layout: str, inplace: bool) -> None:
     ours = run(logits, inplace)
     assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
     assert ours[1].is_contiguous() or inplace and ours[1].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_gradient_larger_than_the_cache(isa: str, dtype: torch.dtype) -> None:
+    """A new gradient of more than 16 MiB is written past the cache: the same bits as over the logits."""
+    V = 30_011
+    L = 17 * 2**20 // (V * dtype.itemsize) + 1
+    logits = torch.randn(1, L, V).to(dtype)
+    plan = list(sk.StepPlan.from_step_ids(torch.randint(0, V, (L,)), torch.arange(L) % 7, shift=0).tensors)
+    options = (plan, V, 1.0, 0.0, "sum")
+    _, *stats = row_kernels.step_logps_fwd(logits, *options)
+    upstream = torch.randn(7)
+    fresh = row_kernels.step_logps_bwd(upstream, logits, *stats, *options)
+    assert torch.equal(fresh, row_kernels.step_logps_bwd(upstream, logits, *stats, *options, inplace=True))
 
 
 def test_a_row_of_a_thousand_labels(isa: str) -> None:
@@ -345,24 +372,30 @@ WORK = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_runs_on_the_threads_of_torch() -> None:
-    done = python(WORK + """
+    done = python(
+        WORK
+        + """
     before = tasks()
     sk.step_logps(logits, plan, backend="cpu")
     print(_native.cpu().has_openmp(), tasks() - before)
-    """)
+    """
+    )
     assert done.stdout.split() == ["True", "3"], done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_is_serial_and_finishes() -> None:
-    done = python(WORK + """
+    done = python(
+        WORK
+        + """
     expected = sk.step_logps(logits, plan, backend="cpu")
     child = os.fork()
     if child == 0:
         ours = sk.step_logps(logits, plan, backend="cpu")
         os._exit(0 if torch.equal(ours, expected) and tasks() == 1 else 7)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """)
+    """
+    )
     assert done.stdout.split() == ["0"], done.stdout + done.stderr
 
 
@@ -398,7 +431,9 @@ def test_an_unknown_dtype_is_an_error() -> None:
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_links_neither_openmp_nor_torch() -> None:
-    listing = subprocess.run(["readelf", "-d", _native.cpu().__file__], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["readelf", "-d", _native.cpu().__file__], capture_output=True, text=True, check=True
+    ).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listing)
     assert needed and not [name for name in needed if re.search("omp|torch|c10|python", name)], needed
 
@@ -410,9 +445,33 @@ def test_kernels_share_no_symbol_between_instruction_sets(source: str, tmp_path:
     """A weak symbol built for AVX-512 could be the one the linker keeps for every CPU. -O0 inlines nothing away."""
     made = tmp_path / "kernel.o"
     subprocess.run(
-        ["g++", "-std=c++17", "-O0", "-w", "-fno-exceptions", "-fno-rtti", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512dq",
-         "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-Icsrc", "-DSVPO_ISA=avx512", "-DSVPO_FOR_AVX512=1",
-         "-DSVPO_X86_ISAS=1", "-c", f"csrc/cpu/{source}", "-o", str(made)], check=True, cwd=ROOT)
+        [
+            "g++",
+            "-std=c++17",
+            "-O0",
+            "-w",
+            "-fno-exceptions",
+            "-fno-rtti",
+            "-fPIC",
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-Icsrc",
+            "-DSVPO_ISA=avx512",
+            "-DSVPO_FOR_AVX512=1",
+            "-DSVPO_X86_ISAS=1",
+            "-c",
+            f"csrc/cpu/{source}",
+            "-o",
+            str(made),
+        ],
+        check=True,
+        cwd=ROOT,
+    )
     listing = subprocess.run(["nm", "-C", str(made)], capture_output=True, text=True, check=True).stdout
     assert re.findall(r" T svpo_cpu_\w+_avx512$", listing, re.M), listing
     shared = re.findall(r"^\S* +[WVu] .*$", listing, re.M)

@@ -149,7 +149,7 @@ struct RowGrad {
 template <Mode mode, class T>
 void gradient_columns(const Plan& plan, int64_t r, RowLabels own, const RowGrad& grad, const double* merged,
                       const T* z0, T* out, const float* exact, int64_t from, int64_t to, const Transform& t,
-                      const RowStats& stats) {
+                      const RowStats& stats, bool past_cache) {
   const double logsum = stats.row_logsum[r];
   const double factor = -grad.total * exp(-logsum) / t.temperature;
   // With G = 0 only the label columns count, unless the row is NaN.
@@ -158,7 +158,7 @@ void gradient_columns(const Plan& plan, int64_t r, RowLabels own, const RowGrad&
       plan, own, from, to,
       [&](int64_t a, int64_t b) {
         if (empty) memset(static_cast<void*>(out + a), 0, (b - a) * sizeof(T));
-        else gradient<mode>(z0 + a, out + a, b - a, t, stats.row_max[r], factor);
+        else gradient<mode>(z0 + a, out + a, b - a, t, stats.row_max[r], factor, past_cache);
       },
       [&](int64_t n) {
         const double slope = svpo_logit_slope(label_logit(plan, z0, exact, n), t.temperature, t.softcap);
@@ -212,7 +212,7 @@ int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, co
     if (!z0) return;
     const RowGrad one = {1.0, 0.0, likeliest(labels[i], stats.logp)};
     gradient_columns<mode>(plan, r, labels[i], one, nullptr, z0, z0, exact, panels.from(task), panels.to(task), t,
-                           stats);
+                           stats, false);
   };
   for_each(count, 1024, 16 * (plan.row_start[last] - base), threads, [&](int64_t i) {
     labels[i] = sort_labels(plan, first + i, vocab_size, order.data + plan.row_start[first + i] - base);

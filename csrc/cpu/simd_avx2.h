@@ -69,6 +69,11 @@ SVPO_INLINE __m128i narrow(const fp16*, Vec a) { return _mm256_cvtps_ph(a.v, _MM
 SVPO_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 template <class T>
 SVPO_INLINE void store(T* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, a)); }
+// Past the cache, to an address aligned to the vector; visible to others after the fence.
+SVPO_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+template <class T>
+SVPO_INLINE void stream(T* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, a)); }
+SVPO_INLINE void stream_fence() { _mm_sfence(); }
 
 // The first n lanes from memory, the others `fill`; nothing past them is touched.
 template <class T>

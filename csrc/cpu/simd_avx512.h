@@ -81,6 +81,11 @@ SVPO_INLINE __m256i narrow(const fp16*, Vec a) { return _mm512_cvtps_ph(a.v, _MM
 SVPO_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 template <class T>
 SVPO_INLINE void store(T* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, a)); }
+// Past the cache, to an address aligned to the vector; visible to others after the fence.
+SVPO_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+template <class T>
+SVPO_INLINE void stream(T* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, a)); }
+SVPO_INLINE void stream_fence() { _mm_sfence(); }
 SVPO_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
 template <class T>
 SVPO_INLINE void store_n(T* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, lanes(n), narrow(p, a)); }

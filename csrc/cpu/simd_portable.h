@@ -102,6 +102,9 @@ template <class T>
 SVPO_INLINE Vec load(const T* p) { return load_n(p, kWidth, 0.0f); }
 template <class T>
 SVPO_INLINE void store(T* p, Vec a) { store_n(p, a, kWidth); }
+template <class T>
+SVPO_INLINE void stream(T* p, Vec a) { store(p, a); }
+SVPO_INLINE void stream_fence() {}
 
 SVPO_INLINE float hmax(Vec a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];

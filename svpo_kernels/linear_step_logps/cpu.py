@@ -33,7 +33,7 @@ def linear_step_logps_bwd(
         [index.contiguous() for index in plan], *options)
 
 
-# -- row kernels: arguments and meanings in products.RowKernels ---------------------------------------------------------
+# -- row kernels: arguments and meanings in products.RowKernels -----------------------------------------------------
 
 
 def label_dots(h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors) -> Tensor:
