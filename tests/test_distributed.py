@@ -1,7 +1,8 @@
-"""One process and two gloo processes, trees of unequal size: the same loss, metrics and gradients."""
+"""One process and two gloo processes, trees of unequal size: the same loss, metrics and gradients; FSDP2 too."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,34 +12,41 @@ import pytest
 import torch
 from training_ import relative_error
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
-ROOT = WORKER.parents[1]
+HERE = Path(__file__).parent
+RUNS = [
+    {"max_steps": 2, "max_tokens": 150, "optim": "sgd"},  # a number of packs that two processes cannot share evenly
+    {"max_steps": 1, "pairs_per_step": 1},  # one process has nothing but an empty pack
+]
 
 
-def launch(folder, processes, *settings):
-    """Results of rank 0 of a run with so many processes."""
-    folder.mkdir()
-    out = folder / "out.pt"
+def launch(processes, script, *words):
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = [] if processes == 1 else run
+    start = run if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(WORKER.parent)])}
-    done = subprocess.run([sys.executable, *start, str(WORKER), str(out), *settings], capture_output=True, text=True,
-                          env=environment, timeout=300)
+                   "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    done = subprocess.run([sys.executable, *start, str(HERE / script), *map(str, words)], capture_output=True, text=True,
+                          env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("settings", [
-    ("max_steps=2", "max_tokens=150", "optim=\"sgd\""),  # a pack count that two processes cannot share evenly
-    ("max_steps=1", "pairs_per_step=1"),  # one process has nothing but an empty pack
-])
-def test_two_processes_equal_one(tmp_path, settings):
-    one = launch(tmp_path / "one", 1, *settings)
-    two = launch(tmp_path / "two", 2, *settings)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """(of one process, of two) for every run, as rank 0 saw them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2):
+        launch(processes, "distributed_worker.py", folder / str(processes), *map(json.dumps, RUNS))
+    return [[torch.load(folder / f"{processes}{place}.pt", weights_only=True) for processes in (1, 2)]
+            for place in range(len(RUNS))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(len(RUNS)))
+def test_two_processes_equal_one(results, place):
+    one, two = results[place]
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert len(two["packs"][0]) == len(two["packs"][1])
-    assert (1 in two["packs"][0] + two["packs"][1]) == ("pairs_per_step=1" in settings or len(one["packs"][0]) % 2 == 1)
+    empty = (two["packs"][0] + two["packs"][1]).count(1)  # an empty pack has one token
+    assert empty == (1 if "pairs_per_step" in RUNS[place] else len(one["packs"][0]) % 2)
     assert len(two["references"]) == len(one["references"]) > 20
     assert two["references"] == pytest.approx(one["references"], rel=1e-6)
     for step, expected in zip(two["gradients"], one["gradients"], strict=True):
@@ -47,3 +55,10 @@ def test_two_processes_equal_one(tmp_path, settings):
         for name, value in expected.items():
             if "loss" in name or "logps" in name or "value" in name or "margins" in name:
                 assert logs[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_the_head_is_gathered_inside_forward_under_fsdp(tmp_path):
+    launch(2, "sharded_worker.py", tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert found["local"][0] < found["whole"][0] and found["error"] <= 1e-6

@@ -26,11 +26,11 @@ def test_yaml_and_overrides(tmp_path):
     path = write(tmp_path, 'output_dir: o\nlearning_rate: 1e-6\nmin_gap: 0.6\nstep_separator: "\\n"\nbeta: 0.3\n'
                            "lr_scheduler_kwargs: {num_cycles: 2}\nvalue_range: [0, 10]\nsave_total_limit: 3\n")
     config = load_config(path, ["beta=0.2", "max_tokens=4096", "step_end=\\n", "save_total_limit=null", "seed=7",
-                                "report_to=[tensorboard]", "bf16=false"])
+                                "report_to=[tensorboard]", "bf16=false", "fsdp=false"])
     assert (config.learning_rate, config.min_gap, config.step_separator, config.beta) == (1e-6, 0.6, "\n", 0.2)
     assert (config.max_tokens, config.step_end, config.save_total_limit, config.seed) == (4096, "\n", None, 7)
     assert config.lr_scheduler_kwargs == {"num_cycles": 2} and config.value_range == [0.0, 10.0]
-    assert config.report_to == ["tensorboard"] and config.bf16 is False
+    assert config.report_to == ["tensorboard"] and config.bf16 is False and not config.fsdp
 
 
 def test_defaults_are_offline_and_exact(tmp_path):

@@ -258,7 +258,9 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     parser = _Parser(SVPOConfig)
     typed = {}
     for key, value in settings.items():
-        if value is None or isinstance(value, dict):
+        if key == "fsdp" and str(value).lower() in ("true", "false"):  # a string field that holds a bool since 5.20
+            value = str(value).lower() == "true"
+        if value is None or isinstance(value, dict) or (key == "fsdp" and isinstance(value, bool)):
             typed[key] = value
             continue
         words = [f"--{key}={value}"]
