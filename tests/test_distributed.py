@@ -24,8 +24,8 @@ def launch(processes, script, *words):
     start = run if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    done = subprocess.run([sys.executable, *start, str(HERE / script), *map(str, words)], capture_output=True, text=True,
-                          env=environment, timeout=400)
+    command = [sys.executable, *start, str(HERE / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

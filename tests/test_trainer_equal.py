@@ -104,3 +104,44 @@ def test_a_pair_that_fits_no_pack_is_named_before_training(tmp_path):
     if max(others) < tokens:
         with pytest.raises(ValueError, match=rf"at least {tokens}, the tokens of pair \({w}, {l}\) of tree {t}, got"):
             make_trainer(tmp_path, data=data, max_tokens=tokens - 1)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, single):
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    trainer.train()
+    assert any(layer.gradient_checkpointing for layer in trainer.model.lm.model.layers)
+    assert_same((trainer.state.log_history[0], trainer.gradients.steps[0]), single, 1e-6)
+
+
+def test_loader_processes_change_nothing(tmp_path, single):
+    assert_same(run_once(tmp_path, dataloader_num_workers=1, max_tokens=150), single, 1e-6)
+
+
+def test_autocast_is_near(tmp_path, single):
+    """bf16 autocast over fp32 weights: finite, near, and not the same."""
+    metrics, gradients = run_once(tmp_path, bf16=True)
+    assert metrics["logps/chosen"] == pytest.approx(single[0]["logps/chosen"], rel=2e-2)
+    assert metrics["logps/chosen"] != single[0]["logps/chosen"]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_label_smoothing_by_visits(tmp_path):
+    data = unequal_data(((2, 3), (1, 2)))
+    with pytest.raises(ValueError, match="visit_smoothing needs visit counts; node .* of tree .* has none"):
+        make_trainer(tmp_path, data=data, preset="mcts_dpo", visit_smoothing=True).planner.packs(0, 0)
+    for tree in data.trees:
+        for index, node in enumerate(tree.nodes):
+            node.visits = 1 + index % 4
+    logs = [run_once(tmp_path / str(cut), data=data, preset="mcts_dpo", visit_smoothing=True, max_tokens=cut)[0]
+            for cut in (4096, 60)]
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-6)
+    trainer = make_trainer(tmp_path / "parts", data=data, preset="mcts_dpo", visit_smoothing=True)
+    (pack,) = trainer.planner.packs(0, 0)
+    nodes = pack["batch"].node_of_step[pack["batch"].pairs].tolist()
+    expected = []
+    for smoothing, ((tree, w), (_, l)) in zip(pack["smoothing"].tolist(), nodes, strict=True):
+        visits = [data.trees[tree].nodes[node].visits for node in (w, l)]
+        assert smoothing == pytest.approx(visits[1] / sum(visits))
+        expected.append(smoothing)
+    assert len(set(expected)) > 2
+    assert logs[0]["loss"] != pytest.approx(run_once(tmp_path / "none", data=data, preset="mcts_dpo")[0]["loss"])

@@ -98,6 +98,9 @@ class SVPOConfig(TrainingArguments):
     preference: str | None = _key(None, "sigmoid, ipo or hinge.")
     preference_weight: float | None = _key(None, "Weight of the preference term.")
     label_smoothing: float | None = _key(None, "Share of pairs taken to be labelled wrongly (sigmoid only).")
+    visit_smoothing: bool = _key(
+        False, "Label smoothing of each pair by its visit counts, rejected / both: the source of mcts_dpo does so."
+    )
     margin: float | None = _key(None, "Margin subtracted from the scaled reward difference.")
     value_weight: float | None = _key(None, "Weight of the squared error of the value head.")
     rank: str | None = _key(None, "Ranking term on values: hinge, logistic or implicit.")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -141,7 +140,3 @@ def human(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}"
     return f"{number:.3g}"
-
-
-def console() -> Console:
-    return Console()

@@ -93,6 +93,7 @@ class PackSettings:
     pairs_per_step: int = 64
     min_packs: int = 1
     world_size: int = 1
+    visit_smoothing: bool = False
 
 
 Item = tuple[int, int]  # (tree, index of one of its pairs, or PAIRLESS)
@@ -219,17 +220,33 @@ class EpochPlanner:
             for place, rows in enumerate(pairs):
                 joining[place][rows] = True
             trees = [with_values_of(tree, joins) for tree, joins in zip(trees, joining, strict=True)]
-        weight = {}
+        weight: dict[tuple[int, int, int], float] = {}
         for tree in numbers:
             for pair in chosen[tree]:
                 weight[(tree, *map(int, self.data.pairs[tree][pair]))] = float(self.data.weights[tree][pair])
         settings = self.settings
         batches = build_batches(settings.packing, trees, pairs, sft, settings.max_tokens, settings.values)
-        return [{**_described(batch, np.asarray(numbers), weight), "packing": settings.packing} for batch in batches]
+        packs = [{**_described(batch, np.asarray(numbers), weight), "packing": settings.packing} for batch in batches]
+        if settings.visit_smoothing:
+            for pack in packs:
+                pack["smoothing"] = visit_smoothing(self.data.trees, pack["batch"])
+        return packs
 
     def _joining(self, tree: int, chosen: list[int]) -> np.ndarray:
         """Nodes that join an optimizer step with these pairs of a tree; all of them if the tree has no pair."""
         return np.isin(self._homes[tree], chosen) if len(self.data.pairs[tree]) else self._homes[tree] == 0
+
+
+def visit_smoothing(trees: list[StepTree], batch: StepBatch) -> torch.Tensor:
+    """(P,) rejected visits / visits of both steps of each pair. Raises ValueError for a step without a visit count."""
+    counts = []
+    for tree, node in batch.node_of_step[batch.pairs.flatten()].tolist():
+        visits = trees[tree].nodes[node].visits
+        if visits is None:
+            raise ValueError(f"svpo train: visit_smoothing needs visit counts; node {node} of tree {tree} has none")
+        counts.append(visits)
+    visits = torch.tensor(counts, dtype=torch.float32).reshape(-1, 2)
+    return torch.where(visits.sum(1) > 0, visits[:, 1] / visits.sum(1), 0.5)
 
 
 def node_homes(tree: StepTree, pairs: np.ndarray) -> np.ndarray:

@@ -62,6 +62,7 @@ class SVPOTrainer(SavingMixin, Trainer):
         self.settings = PackSettings(
             packing=args.packing, max_tokens=args.max_tokens, values=args.values, pairs_per_step=args.pairs_per_step,
             min_packs=self.config.gradient_accumulation_steps, world_size=args.world_size,
+            visit_smoothing=args.visit_smoothing,
         )
         self.ref_model, self.watch = ref_model, watch or (lambda items, title: items)
         self.train_data, self.eval_data = train_data, eval_data
@@ -249,10 +250,13 @@ class SVPOTrainer(SavingMixin, Trainer):
         batch = pack["batch"].to(self.args.device)
         outputs = model(batch, want_logps=self.wants_logps)
         logps = outputs["step_logps"]
+        loss = dict(self.loss_arguments)
+        if "smoothing" in pack:
+            loss["label_smoothing"] = pack["smoothing"].to(self.args.device)
         out = svpo_loss(
             logps, batch.pairs, self._references_of(batch, logps), values=outputs["values"],
             value_targets=batch.value_targets, pair_weights=pack["weights"].to(self.args.device),
-            sft_steps=batch.sft_steps, counts=counts, **self.loss_arguments,
+            sft_steps=batch.sft_steps, counts=counts, **loss,
         )
         with torch.no_grad():
             add_pack(sums, {**pack, "batch": batch}, out, logps, outputs["values"])
