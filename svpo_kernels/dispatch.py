@@ -73,14 +73,16 @@ def call(name: str, backend: str, probe: Tensor, args: tuple[Any, ...]) -> Any:
     """`torch.ops.svpo.<name>(*args, backend)`, without the dispatcher where nothing listens to it.
 
     Eager mode on plain tensors needs the backend file only; the dispatcher takes 20 us to box two dozen arguments for a
-    kernel of 5 us (svpo_loss, P = 64). probe: the first tensor of args. Not for ops with a `check` or a `call`.
+    kernel of 5 us (svpo_loss, P = 64). No autograd either way: a backend file detaches what it would differentiate.
+    probe: the first tensor of args. Not for ops with a `check` or a `call`.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or (type(probe) is not Tensor and type(probe) is not torch.nn.Parameter)
     ):
-        return getattr(torch.ops.svpo, name)(*args, backend)
+        with torch.no_grad():
+            return getattr(torch.ops.svpo, name)(*args, backend)
     return _function(name, backend, probe.device, probe.dtype)(*args)
 
 

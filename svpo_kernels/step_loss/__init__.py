@@ -71,44 +71,71 @@ dispatch.define(
 
 
 class _SvpoLoss(torch.autograd.Function):
+    """Joins terms that `svpo_loss_fwd` has computed to the graph of step_logps, ref_step_logps and values.
+
+    kept: slopes and the op's inputs. The op runs outside, so that its metrics and its other arguments need not pass
+    through here: at P = 64 that is a tenth of the time.
+    """
+
     @staticmethod
-    def forward(ctx: Any, options: Options, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        probe = inputs[0] if inputs[0] is not None else inputs[2]
-        *scalars, chosen, rejected, slopes = dispatch.call("svpo_loss_fwd", backend, probe, (*inputs, *options))
-        ctx.save_for_backward(slopes, *inputs)
+    def forward(ctx: Any, step_logps: Tensor | None, ref_step_logps: Tensor | None, values: Tensor | None,
+                terms: tuple[Tensor, ...], kept: tuple[Tensor | None, ...], options: Options,
+                backend: str) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*kept)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        loss, preference, value, rank, sft, accuracy, value_accuracy = scalars
-        metrics = (chosen, rejected, accuracy, value_accuracy)
-        ctx.mark_non_differentiable(*metrics)
-        return loss, preference, value, rank, sft, *metrics
+        return terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        slopes, *tensors = ctx.saved_tensors
-        needs, options = ctx.needs_input_grad[2:5], ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(Inputs(*tensors), options, grads[:5], needs)
-        else:
-            weights = (options.preference_weight, options.value_weight, options.rank_weight, options.sft_weight)
-            found = dispatch.call("svpo_loss_bwd", ctx.backend, slopes, (slopes, *grads[:5], *weights, *needs))
-            found = [(grad if grad.dtype == x.dtype else grad.to(x.dtype)) if need else None
-                     for grad, x, need in zip(found, tensors[:3], needs, strict=True)]
-        return None, None, *found, None, None, None, None, None, None, None, None
+        return *_backward(ctx, grads, ctx.needs_input_grad[:3]), None, None, None, None
+
+
+class _TracedSvpoLoss(torch.autograd.Function):
+    """The same with the op inside, as torch.compile wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        *terms, accuracy, value_accuracy, chosen, rejected, slopes = torch.ops.svpo.svpo_loss_fwd(
+            *inputs, *options, backend)
+        ctx.save_for_backward(slopes, *inputs)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(chosen, rejected, accuracy, value_accuracy)
+        return *terms, chosen, rejected, accuracy, value_accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *_backward(ctx, grads[:5], ctx.needs_input_grad[2:5]), *(None,) * 8
+
+
+def _backward(ctx: Any, upstream: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of step_logps, ref_step_logps and values from the upstream of the loss and of each term."""
+    slopes, *tensors = ctx.saved_tensors
+    options = ctx.options
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_backward(Inputs(*tensors), options, upstream, needs)
+    args = (slopes, *upstream, options.preference_weight, options.value_weight, options.rank_weight,
+            options.sft_weight, *needs)
+    found = dispatch.call("svpo_loss_bwd", ctx.backend, slopes, args)
+    return tuple([
+        None if not need else grad if grad.dtype is x.dtype else grad.to(x.dtype)
+        for grad, x, need in zip(found, tensors[:3], needs, strict=True)
+    ])
 
 
 def _differentiable_backward(inputs: Inputs, options: Options, upstream: tuple[Tensor | None, ...],
-                             needs: tuple[bool, ...]) -> list[Tensor | None]:
+                             needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients as a graph of their own (create_graph=True): the formula again, differentiated by autograd."""
     terms = svpo_loss_terms(inputs, options)
     outputs = (weighted_sum(terms, options), *terms)
     pairs = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None and out.requires_grad]
     wanted = [x for x, need in zip(inputs[:3], needs, strict=True) if need]
     if not pairs:
-        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:3], needs, strict=True)]
+        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs[:3], needs, strict=True))
     found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
                                      create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needs]
+    return tuple(next(found) if need else None for need in needs)
 
 
 # -- public functions -------------------------------------------------------------------------------------------------
@@ -223,10 +250,18 @@ def svpo_loss(
     counts, numbers = (None, OWN_COUNTS) if counts is None else _counts(op, counts, like)
     if double and like.dtype != torch.float64:  # The dtype of the first tensor decides which backends can run.
         step_logps, values = (x if x is None else x.double() for x in (step_logps, values))
+        like = values if step_logps is None else step_logps
     options = Options(beta, preference, preference_weight, label_smoothing, margin, value_weight, rank, rank_margin,
                       rank_scale, rank_weight, sft_weight, *numbers)
-    return SVPOLoss._make(_SvpoLoss.apply(options, backend, step_logps, ref_step_logps, values, value_targets, pairs,
-                                          sft_steps, pair_weights, smoothings, margins, rank_margins, counts))
+    inputs = (step_logps, ref_step_logps, values, value_targets, pairs, sft_steps, pair_weights, smoothings, margins,
+              rank_margins, counts)
+    if torch.compiler.is_compiling():
+        return SVPOLoss._make(_TracedSvpoLoss.apply(options, backend, *inputs))
+    *terms, accuracy, value_accuracy, chosen, rejected, slopes = dispatch.call(
+        "svpo_loss_fwd", backend, like, (*inputs, *options))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
+        terms = _SvpoLoss.apply(step_logps, ref_step_logps, values, tuple(terms), (slopes, *inputs), options, backend)
+    return SVPOLoss(*terms, chosen, rejected, accuracy, value_accuracy)
 
 
 def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Tensor, *, beta: float,

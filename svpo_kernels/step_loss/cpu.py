@@ -31,26 +31,33 @@ def svpo_loss_fwd(
     value_count: float, sft_count: float,
 ) -> tuple[Tensor, ...]:
     """As the reference."""
-    lp, ref, v = _dense(step_logps), _dense(ref_step_logps), _dense(values)
-    t, weights, smoothings, m, rank_m, n = (
-        _fp32(value_targets), _fp32(pair_weights), _fp32(label_smoothings), _fp32(margins), _fp32(rank_margins),
-        _fp32(counts))
-    index, sft = _index(pairs), _index(sft_steps)
-    like, P = v if lp is None else lp, index.shape[0]
-    S = like.shape[0]
-    loss, preference_term, value_term, rank_term, sft_term, accuracy, value_accuracy = scalars = [
-        torch.empty_like(_SCALAR) for _ in range(7)]
+    lp, lp_at, lp_code = _vector(step_logps)
+    ref, ref_at, ref_code = _vector(ref_step_logps)
+    v, v_at, v_code = _vector(values)
+    targets, index, sft = _fp32(value_targets), _index(pairs), _index(sft_steps)
+    weights = smoothings = m = rank_m = n = None
+    if pair_weights is not None or label_smoothings is not None or margins is not None or rank_margins is not None:
+        weights, smoothings = _fp32(pair_weights), _fp32(label_smoothings)
+        m, rank_m = _fp32(margins), _fp32(rank_margins)
+    if counts is not None:
+        n = _fp32(counts)
+    S, P = (v if lp is None else lp).shape[0], index.shape[0]
+    new = torch.empty_like
+    loss, preference_term, value_term, rank_term, sft_term, accuracy, value_accuracy = scalars = (
+        new(_SCALAR), new(_SCALAR), new(_SCALAR), new(_SCALAR), new(_SCALAR), new(_SCALAR), new(_SCALAR))
     chosen, rejected, slopes = _SCALAR.new_empty(P), _SCALAR.new_empty(P), _SCALAR.new_empty((4, S))
     try:
         _native.cpu().svpo_loss_fwd(
-            _at(lp), _code(lp), _at(ref), _code(ref), _at(v), _code(v), _at(t), index.data_ptr(),
-            index.dtype == torch.int64, _at(sft), sft is not None and sft.dtype == torch.int64, _at(weights),
-            _at(smoothings), _at(m), _at(rank_m), _at(n), S, P, 0 if sft is None else sft.shape[0], beta,
-            PREFERENCES[preference], preference_weight, label_smoothing, margin, value_weight, RANKS[rank],
-            rank_margin, rank_scale, rank_weight, sft_weight, pair_count, value_count, sft_count, loss.data_ptr(),
-            preference_term.data_ptr(), value_term.data_ptr(), rank_term.data_ptr(), sft_term.data_ptr(),
-            accuracy.data_ptr(), value_accuracy.data_ptr(), chosen.data_ptr(), rejected.data_ptr(),
-            slopes.data_ptr())
+            lp_at, lp_code, ref_at, ref_code, v_at, v_code, 0 if targets is None else targets.data_ptr(),
+            index.data_ptr(), index.dtype is torch.int64, 0 if sft is None else sft.data_ptr(),
+            sft is not None and sft.dtype is torch.int64, 0 if weights is None else weights.data_ptr(),
+            0 if smoothings is None else smoothings.data_ptr(), 0 if m is None else m.data_ptr(),
+            0 if rank_m is None else rank_m.data_ptr(), 0 if n is None else n.data_ptr(), S, P,
+            0 if sft is None else sft.shape[0], beta, PREFERENCES[preference], preference_weight, label_smoothing,
+            margin, value_weight, RANKS[rank], rank_margin, rank_scale, rank_weight, sft_weight, pair_count,
+            value_count, sft_count, loss.data_ptr(), preference_term.data_ptr(), value_term.data_ptr(),
+            rank_term.data_ptr(), sft_term.data_ptr(), accuracy.data_ptr(), value_accuracy.data_ptr(),
+            chosen.data_ptr(), rejected.data_ptr(), slopes.data_ptr())
     except (IndexError, ValueError):
         _explain(
             Inputs(step_logps, ref_step_logps, values, value_targets, pairs, sft_steps, counts=counts),
@@ -65,12 +72,13 @@ def svpo_loss_bwd(
     rank_weight: float, sft_weight: float, need_logps: bool, need_ref: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    S = slopes.shape[1]
-    logps, ref, values = (
-        slopes.new_empty(S if need_logps else 0), slopes.new_empty(S if need_ref else 0),
-        slopes.new_empty(S if need_values else 0))
+    S, new = slopes.shape[1], slopes.new_empty
+    logps, ref, values = new(S if need_logps else 0), new(S if need_ref else 0), new(S if need_values else 0)
     _native.cpu().svpo_loss_bwd(
-        slopes.data_ptr(), _at(grad_loss), _at(grad_preference), _at(grad_value), _at(grad_rank), _at(grad_sft),
+        slopes.data_ptr(), 0 if grad_loss is None else grad_loss.data_ptr(),
+        0 if grad_preference is None else grad_preference.data_ptr(),
+        0 if grad_value is None else grad_value.data_ptr(),
+        0 if grad_rank is None else grad_rank.data_ptr(), 0 if grad_sft is None else grad_sft.data_ptr(),
         preference_weight, value_weight, rank_weight, sft_weight, S, logps.data_ptr() if need_logps else 0,
         ref.data_ptr() if need_ref else 0, values.data_ptr() if need_values else 0)
     return logps, ref, values
@@ -82,8 +90,13 @@ def _explain(inputs: Inputs, options: Options) -> NoReturn:
     raise RuntimeError("svpo_loss: the CPU kernel refused values that the reference accepts; please report this")
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.is_contiguous() else x.contiguous()
+def _vector(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A dense vector, its address and the code of its dtype."""
+    if x is None:
+        return None, 0, 0
+    if not x.is_contiguous():
+        x = x.contiguous()
+    return x, x.data_ptr(), _native.DTYPES[x.dtype]
 
 
 def _fp32(x: Tensor | None) -> Tensor | None:
@@ -94,10 +107,3 @@ def _index(x: Tensor | None) -> Tensor | None:
     if x is None or (x.dtype in (torch.int64, torch.int32) and x.is_contiguous()):
         return x
     return (x if x.dtype == torch.int32 else x.long()).contiguous()
-
-
-_at = _native.pointer
-
-
-def _code(x: Tensor | None) -> int:
-    return 0 if x is None else _native.DTYPES[x.dtype]

@@ -64,7 +64,8 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def svpo_loss_fwd(*args: object) -> tuple[Tensor, ...]:
     """loss, preference, value, rank, sft, accuracy, value_accuracy (), chosen and rejected rewards (P,), and the slopes
     (4, S) of the unweighted terms: d preference / d lp, d sft / d lp, d value / d v, d rank / d v."""
-    inputs, options = Inputs(*args[: len(Inputs._fields)]), Options(*args[len(Inputs._fields) :])
+    tensors, options = args[: len(Inputs._fields)], Options(*args[len(Inputs._fields) :])
+    inputs = Inputs(*(None if x is None else x.detach() for x in tensors))
     check_values(inputs, options)
     terms = svpo_loss_terms(inputs, options)
     return (weighted_sum(terms, options), *terms, *_metrics(inputs, options.beta), _slopes(inputs, options))
