@@ -76,7 +76,8 @@ def row_gradient(
     inside = (plan.labels >= 0) & (plan.labels < z.shape[1])
     G = z.new_zeros(z.shape[0]).index_add(0, row, g)
     dz = -G.unsqueeze(1) * torch.softmax(z, -1)
-    dz.index_put_((row, torch.where(inside, plan.labels, 0)), torch.where(inside, g, g * torch.nan), accumulate=True)
+    g = torch.zeros_like(g).index_add(0, plan.first, torch.where(inside, g, g * torch.nan))  # equal targets, in order
+    dz.index_put_((row, torch.where(inside, plan.labels, 0)), g, accumulate=True)
     slope = 1.0 - torch.tanh(rows[:, :vocab_size].to(z.dtype) / softcap).square() if softcap else 1.0
     grad[:, :vocab_size] = dz * slope / temperature
     return grad
