@@ -4,6 +4,7 @@
 #include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 // Entry points of the OpenMP runtime that PyTorch ships (libgomp, and LLVM's or Intel's, which export the same names).
@@ -72,12 +73,12 @@ int svpo_isa_best(void) {
   return SVPO_ISA_PORTABLE;
 }
 
-void svpo_advise_huge(void* address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t huge = uintptr_t{2} << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(address) + huge - 1) & ~(huge - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + bytes) & ~(huge - 1);
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+void svpo_populate(void* address, size_t bytes) {
+#if defined(__linux__)
+  const int populate_write = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older headers lack the name, older kernels refuse
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), from = reinterpret_cast<uintptr_t>(address);
+  const uintptr_t first = from & ~(page - 1), last = (from + bytes + page - 1) & ~(page - 1);
+  if (bytes) (void)madvise(reinterpret_cast<void*>(first), last - first, populate_write);
 #else
   (void)address, (void)bytes;
 #endif
