@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from svpo_kernels.trainer import cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from training_ import make_trainer, relative_error, run_once, small_lm, unequal_data
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAME = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
         "logps/rejected", "value/mse", "value/accuracy", "loss/preference", "loss/value", "loss/rank")
 

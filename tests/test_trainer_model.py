@@ -13,6 +13,8 @@ from svpo_kernels.attention import PackingError
 from svpo_kernels.trainer import StepModel
 from svpo_kernels.trainer.model import add_adapters, build_model, check_head, disable_dropout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = tiny_models.SMALL
 HEADS = {
     "llama": hf.LlamaConfig(**SMALL),

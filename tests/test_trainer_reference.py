@@ -10,6 +10,8 @@ from svpo_kernels.trainer import StepModel, SVPOTrainer
 from svpo_kernels.trainer.model import add_adapters
 from svpo_kernels.trainer.reference import cache_path
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def other_lm():
     lm = small_lm()

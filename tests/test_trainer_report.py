@@ -18,6 +18,8 @@ from svpo_kernels.trainer.metrics import NAMES, Sums, means
 from svpo_kernels.trainer.run import make_data
 from svpo_kernels.trainer.sampler import pair_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
          "rewards/margins", "logps/chosen", "logps/rejected", "loss/preference", "loss/value", "loss/rank", "loss/sft",
          "value/mse", "value/accuracy", "compute/saved", "compute/saved_flops", "epoch", "step"}
