@@ -137,8 +137,7 @@ def step_logps_fwd_labels_kernel(
         own = own & (tl.load(first + n, mask=own, other=-1) == n) & (label >= 0) & (label < vocab_size) & (n != top_n)
         z, _slope = label_logit(logits, base, label_z0, n, label, own, scale_high, scale_low, inverse_high, inverse_low,
                                 MODE, CHUNK)
-        # In fp32, as every other column: fp64's exp in this loop spilled a barrier register on sm_80.
-        others += tl.where(own, tl.exp(z - reference), 0.0).to(tl.float64)
+        others += tl.where(own, tl.exp(z.to(tl.float64) - reference.to(tl.float64)), 0.0)
     others = tl.where(m == float("-inf"), float("nan"), others)
     e = tl.where(top_n >= 0, tl.exp(top.to(tl.float64) - reference.to(tl.float64)), 0.0)
     log_sum = tl.log(others + e)
