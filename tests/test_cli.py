@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tokenizers_
 import torch
 import yaml
+from processes import TESTS, environment
 from tiny_models import SMALL
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -21,7 +20,6 @@ from svpo_kernels.trainer import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
 
@@ -60,7 +58,8 @@ def test_help_teaches(words, taught):
 
 def test_importing_the_package_or_the_command_line_does_not_import_transformers():
     code = "import sys, svpo_kernels, svpo_kernels.trainer.cli; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS, env=environment(),
+                          check=True)
     assert done.stdout.strip() == "False"
 
 
@@ -138,8 +137,8 @@ def test_train_on_the_real_pairs(shared_data, tiny_model, tmp_path):
 def test_demo_in_its_smallest_form(tmp_path):
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "svpo_kernels.trainer.cli", "demo", "--quick", "--output-dir",
-                           str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env={**os.environ, "COLUMNS": "120"})
+                           str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=TESTS,
+                          env=environment(COLUMNS="120"))
     assert done.returncode == 0, done.stderr[-3000:]
     for phrase in ("preference accuracy", "value accuracy", "loss", "naive pairs", "packed trees", "tokens", "FLOPs",
                    "seconds", "curves:"):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import TESTS, environment
 from training_ import relative_error
 
-HERE = Path(__file__).parent
 RUNS = [
     {"max_steps": 2, "max_tokens": 150, "optim": "sgd"},  # a number of packs that two processes cannot share evenly
     {"max_steps": 1, "pairs_per_step": 1},  # one process has nothing but an empty pack
@@ -22,10 +20,9 @@ RUNS = [
 def launch(processes, script, *words):
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     start = run if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, *start, str(HERE / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    command = [sys.executable, *start, str(TESTS / script), *map(str, words)]
+    env = environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=TESTS, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from cases import RowCase, make_logits, make_rows
+from processes import TESTS, environment
 from torch import Tensor
 
 import svpo_kernels as sk
@@ -50,15 +51,15 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, from the tree under test."""
+def python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=240,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment},
+        cwd=TESTS,
+        env=environment(**more),
     )
 
 

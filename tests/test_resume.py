@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import tokenizers_
 import torch
 import yaml
+from processes import TESTS, environment
 from tiny_models import SMALL
 from tiny_trees import all_texts, real_texts
 from training_ import make_trainer, small_lm, unequal_data
@@ -23,13 +22,11 @@ from svpo_kernels.trainer import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def svpo(*words, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "svpo_kernels.trainer.cli", *map(str, words)], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen([sys.executable, "-m", "svpo_kernels.trainer.cli", *map(str, words)], cwd=TESTS,
+                            env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, **options)
 
 
 def tensors(folder):

@@ -5,26 +5,23 @@ The interpreter is chosen when Triton is imported, so each run is a process of i
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import TESTS, environment
 
 import svpo_kernels as sk
 
 pytest.importorskip("triton", reason="triton is not installed: its backend is not tested here")
-TESTS = Path(__file__).parent
 
 
 def interpret(*arguments: str) -> str:
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, env=env, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)
+    env = environment(TRITON_INTERPRET="1")
+    done = subprocess.run(command, env=env, cwd=TESTS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     print(done.stdout.splitlines()[-1])
     return done.stdout
@@ -36,17 +33,17 @@ def passed(output: str) -> int:
 
 def test_step_logps_in_the_interpreter() -> None:
     """The whole case table, every dtype, and the other tests of the op."""
-    assert passed(interpret("tests/test_step_logps.py", "-k", "triton")) >= 70
+    assert passed(interpret("test_step_logps.py", "-k", "triton")) >= 70
 
 
 def test_linear_step_logps_in_the_interpreter() -> None:
     """Every case frozen and recomputed (which takes every row kernel), the other modes on the branching ones."""
     chosen = "triton and (frozen or recompute or (values and branching) or form or again or twice)"
-    assert passed(interpret("tests/test_linear_step_logps.py", "-k", chosen)) >= 90
+    assert passed(interpret("test_linear_step_logps.py", "-k", chosen)) >= 90
 
 
 def test_traffic() -> None:
-    output = interpret("tests/triton_traffic.py", "-s")
+    output = interpret("triton_traffic.py", "-s")
     assert passed(output) == 3
     print("\n".join(line for line in output.splitlines() if line.startswith("traffic")))
 

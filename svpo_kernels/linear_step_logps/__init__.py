@@ -60,9 +60,8 @@ def _fake_fwd(
 
 def _fake_bwd(grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-3:]
-    empty = hidden.new_empty(0)
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else empty
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for t, needed in zip((hidden, weight, bias), needs, strict=True)
     )
 

@@ -17,7 +17,7 @@ from . import modes
 
 
 class RowKernels(NamedTuple):
-    """What a backend brings. `h` is (R, D), the gathered hidden rows; `z` a chunk (c, V) of products from `first_row` on.
+    """What a backend brings. `h` is (R, D), the gathered hidden rows; `z` a chunk (c, V) of products from first_row.
 
     Every float vector is fp32. `logp` and `label_z0` are (N,), `row_max` and `row_logsum` (R,): whole, not per chunk.
     l* of a row is its most probable distinct label (ties: the first). Options are (temperature, softcap).
