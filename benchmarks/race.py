@@ -51,11 +51,15 @@ def race(
     targets: dict[str, str],
     rounds: int = 9,
     seconds: float = 12.0,
+    warm: bool = False,
     note: str = "",
 ) -> Result:
-    """Times the variants in turn: `rounds` rounds, fewer (at least 3) when they would take longer than `seconds`."""
+    """Times the variants in turn: `rounds` rounds, fewer (at least 3) when they would take longer than `seconds`.
+
+    warm: every variant has run already, when its answer was checked.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for function in variants.values():
+    for function in () if warm else variants.values():
         function()  # warm up: pages, caches, compiled graphs
     gc.collect()
     gc.disable()
