@@ -22,7 +22,7 @@ RESULTS = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json; cases not run now stay")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,6 +90,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     name = config.getoption("--results")
     if name:
         path = Path(__file__).parent / "results" / f"{name}.json"
-        rows = [{**asdict(result), "ratios": {p: result.ratio(p) for p in result.medians}} for result in results]
+        rows = [
+            {**asdict(result), "ratios": {p: result.ratio(p) for p in result.medians}, "command": about["command"]}
+            for result in results
+        ]
+        rows = _merge(json.loads(path.read_text())["results"] if path.exists() else [], rows)
         path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
         terminalreporter.write_line(f"\nwritten: {path}")
+
+
+def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows in the place of the old ones of the same case; the rest behind."""
+    fresh = {row["case"]: row for row in new}
+    return [fresh.pop(row["case"], row) for row in old] + list(fresh.values())
