@@ -8,6 +8,8 @@ import sys
 import torch
 from training_ import make_trainer, unequal_data
 
+from svpo_kernels.trainer.run import leave_group
+
 
 def run(out, settings):
     data = unequal_data(references=False)
@@ -27,5 +29,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for place, text in enumerate(sys.argv[2:]):
         run(sys.argv[1] + str(place), json.loads(text))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()

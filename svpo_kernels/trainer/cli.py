@@ -52,10 +52,11 @@ def train(
         typer.echo(f"{torch.cuda.device_count()} GPUs are visible: starting one process on each", err=True)
         os.execv(command[0], command)
     from .config import load_config
-    from .run import run_training
+    from .run import leave_group, run_training
 
     with errors_in_one_line():
         run_training(load_config(config, overrides or []))
+        leave_group()
 
 
 def launcher(arguments: list[str], devices: int, environment: os._Environ[str] | dict[str, str]) -> list[str] | None:

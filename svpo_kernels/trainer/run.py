@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from rich.console import Console
 from torch import nn
@@ -166,6 +168,14 @@ def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
             console.print(report.summary_table(history, "svpo train"))
         say(f"model, {report.METRICS} and {report.CURVES} are in {config.output_dir}")
     return RunResult(trainer, trainer.state.log_history, metrics, curves)
+
+
+def leave_group() -> None:
+    """Leave the process group with nothing left that holds it: gloo else aborts a process at its exit, now and then."""
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def describe(trainer: SVPOTrainer) -> str:
