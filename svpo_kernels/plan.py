@@ -341,7 +341,7 @@ def compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps:
 def _fake_compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: Any) -> tuple[Tensor, ...]:
     context = torch.library.get_ctx()
     N = context.new_dynamic_size()
-    edges = context.new_dynamic_size() if num_steps is None else num_steps + 1  # S + 1: a size of its own in the outputs
+    edges = context.new_dynamic_size() if num_steps is None else num_steps + 1  # S + 1: a size of its own
     sizes = (N, N + 1, N, N, N, N, edges)
     bounds = torch.empty(4 if labels.device.type == "cpu" else 0, dtype=torch.int64)
     return *(labels.new_empty((size,), dtype=torch.int64) for size in sizes), bounds
