@@ -320,6 +320,26 @@ def no_bounds() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
+# -- the rows of a plan, taken and put back ----------------------------------------------------------------------------
+
+
+def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """(B, L, X) of any strides -> (R, X); zeros for padding. Rows that are not scored are never read."""
+    B, L, X = source.shape
+    if B * L == 0:
+        return source.new_zeros(rows.shape[0], X)
+    index = rows.clamp_min(0)
+    picked = source.view(B * L, X).index_select(0, index) if source.is_contiguous() else source[index // L, index % L]
+    return picked.masked_fill_((rows < 0).unsqueeze(1), 0.0)
+
+
+def scatter_rows(grad: Tensor, rows: Tensor, values: Tensor) -> None:
+    """grad[rows] = values; the rows are distinct, and padding (-1) brings zeros to row 0."""
+    flat = grad.view(-1, grad.shape[-1])
+    if flat.shape[0]:
+        flat.index_add_(0, rows.clamp_min(0), values)
+
+
 # -- the tensor form without its unscored rows, as a raw op: its sizes are known only when it has run ------------------
 
 

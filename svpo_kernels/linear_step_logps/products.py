@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import PlanTensors
+from ..plan import PlanTensors, gather_rows, scatter_rows
 from . import modes
 
 
@@ -204,20 +204,3 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 def scratch(h: Tensor, rows: int, chunk: int, V: int) -> Tensor:
     return h.new_empty(min(max(rows, 0), chunk), V)
-
-
-def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """(B, L, D) of any strides -> (R, D); zeros for padding. Rows that are not scored are never read."""
-    B, L, D = hidden.shape
-    if B * L == 0:
-        return hidden.new_zeros(rows.shape[0], D)
-    index = rows.clamp_min(0)
-    h = hidden.view(B * L, D).index_select(0, index) if hidden.is_contiguous() else hidden[index // L, index % L]
-    return h.masked_fill_((rows < 0).unsqueeze(1), 0.0)
-
-
-def scatter_rows(dhidden: Tensor, rows: Tensor, values: Tensor) -> None:
-    """dhidden[rows] = values; the rows are distinct, and padding (-1) brings zeros to row 0."""
-    flat = dhidden.view(-1, dhidden.shape[-1])
-    if flat.shape[0]:
-        flat.index_add_(0, rows.clamp_min(0), values)

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import PlanTensors
+from ..plan import PlanTensors, gather_rows, scatter_rows
 from ..step_logps.reference import reduce_steps, row_gradient, row_logps, row_statistics, transform
 from . import modes
-from .products import gather_rows, scatter_rows
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

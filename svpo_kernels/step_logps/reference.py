@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import PlanTensors
+from ..plan import PlanTensors, gather_rows, scatter_rows
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -24,7 +24,7 @@ def step_logps_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits (B, L, V) -> out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,) = log sum exp(z - row_max)."""
     view = PlanTensors(*plan)
-    z = transform(gather_rows(logits.reshape(-1, logits.shape[-1]), view), vocab_size, temperature, softcap)
+    z = transform(gather_rows(logits, view.rows), vocab_size, temperature, softcap)
     logp = row_logps(z, view)
     return reduce_steps(logp, view, reduction), logp, *row_statistics(z)
 
@@ -44,14 +44,12 @@ def step_logps_bwd(
 ) -> Tensor:
     """The gradient of logits (B, L, V); written over the logits when `inplace`."""
     view = PlanTensors(*plan)
-    rows = gather_rows(logits.reshape(-1, logits.shape[-1]), view)
+    rows = gather_rows(logits, view.rows)
     drows = row_gradient(grad_out, rows, view, vocab_size, temperature, softcap, reduction)
-    grad = logits.zero_() if inplace else logits.new_zeros(logits.shape)
+    grad = logits.new_zeros(logits.shape)
     if grad.numel():
-        position = view.rows.clamp_min(0)
-        L = logits.shape[1]
-        grad.index_put_((position // L, position % L), drows.to(grad.dtype), accumulate=True)  # padding adds 0 to row 0
-    return grad
+        scatter_rows(grad, view.rows, drows.to(grad.dtype))
+    return logits.copy_(grad) if inplace else grad
 
 
 def row_gradient(
@@ -81,14 +79,6 @@ def row_gradient(
     slope = 1.0 - torch.tanh(rows[:, :vocab_size].to(z.dtype) / softcap).square() if softcap else 1.0
     grad[:, :vocab_size] = dz * slope / temperature
     return grad
-
-
-def gather_rows(matrix: Tensor, plan: PlanTensors) -> Tensor:
-    """(T, X) -> (R, X), zeros where the plan is padded: an unscored row may hold anything, NaN included."""
-    if matrix.shape[0] == 0:
-        return matrix.new_zeros(plan.rows.shape[0], matrix.shape[1])
-    padding = plan.rows < 0
-    return matrix.index_select(0, plan.rows.clamp_min(0)).masked_fill(padding.unsqueeze(1), 0.0)
 
 
 def transform(rows: Tensor, vocab_size: int, temperature: float, softcap: float) -> Tensor:
