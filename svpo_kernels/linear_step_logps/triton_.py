@@ -1,7 +1,7 @@
 """`linear_step_logps` in Triton: the row kernels between the products of products.py.
 
-What a chunk of products and rows of logits have in common is in step_logps/triton_.py: its kernels run here on the plan
-with `rows` replaced by the rows of h. The label columns of a chunk are rounded, so their logits are exact dots instead.
+What a chunk of products and rows of logits have in common is in step_logps/: its kernels run here on the plan with
+`rows` replaced by the rows of h. The label columns of a chunk are rounded, so their logits are exact dots instead.
 """
 
 from __future__ import annotations
@@ -14,15 +14,8 @@ from torch import Tensor
 from .. import _triton
 from .._triton import FEATURES, ROW_WARPS, ROWS, cdiv, kernel, launch, one_minus_exp, tl
 from ..plan import PlanTensors
-from ..step_logps.triton_ import (
-    Source,
-    label_logit,
-    launch_gradient,
-    launch_stats,
-    likeliest,
-    reduce_steps,
-    row_grads,
-)
+from ..step_logps.triton_ import Source, launch_gradient, launch_stats, reduce_steps, row_grads
+from ..step_logps.triton_kernels import label_logit, likeliest
 from . import products
 
 supports = _triton.supports
