@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,23 +12,6 @@ from . import products
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _native.supports_cpu(op, device, dtype)
-
-
-def linear_step_logps_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], *options: Any
-) -> tuple[Tensor, ...]:
-    """Arguments and results of the reference; `saved` is what the mode keeps."""
-    return products.forward(KERNELS, hidden, weight, bias, [index.contiguous() for index in plan], *options)
-
-
-def linear_step_logps_bwd(
-    grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logp: Tensor, row_max: Tensor,
-    row_logsum: Tensor, label_z0: Tensor, saved: Tensor, plan: list[Tensor], *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; a tensor of size 0 for one that is not needed."""
-    return products.backward(
-        KERNELS, grad_out, hidden, weight, bias, logp, row_max, row_logsum, label_z0, saved,
-        [index.contiguous() for index in plan], *options)
 
 
 # -- row kernels: arguments and meanings in products.RowKernels -----------------------------------------------------
@@ -121,3 +102,4 @@ KERNELS = products.RowKernels(
     label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, reduce_steps=reduce_steps, row_grads=row_grads,
     branch_hidden=branch_hidden, branch_weight=branch_weight,
 )
+linear_step_logps_fwd, linear_step_logps_bwd = products.raw_ops(KERNELS)

@@ -7,7 +7,7 @@ in the input dtype. One (chunk, V) buffer is reused over all chunks and nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,34 @@ class RowKernels(NamedTuple):
     # (dweight, dbias or None, h, label_z0, logp, g, plan, temperature, softcap) -> None, adds in fixed order
     #   dW[l_n] += g_n J[l_n] h, dW[l*] -= g_n J[l*] h (and db without h) for rows with several distinct labels
     branch_weight: Callable[..., None]
+
+
+def raw_ops(kernels: RowKernels) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """A backend's linear_step_logps_fwd and linear_step_logps_bwd: arguments and results of the reference's."""
+
+    def linear_step_logps_fwd(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], *options: Any
+    ) -> tuple[Tensor, ...]:
+        return forward(kernels, hidden, weight, bias, [index.contiguous() for index in plan], *options)
+
+    def linear_step_logps_bwd(
+        grad_out: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logp: Tensor,
+        row_max: Tensor,
+        row_logsum: Tensor,
+        label_z0: Tensor,
+        saved: Tensor,
+        plan: list[Tensor],
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        kept = (logp, row_max, row_logsum, label_z0, saved)
+        plan = [index.contiguous() for index in plan]
+        return backward(kernels, grad_out, hidden, weight, bias, *kept, plan, *options)
+
+    return linear_step_logps_fwd, linear_step_logps_bwd
 
 
 def forward(
