@@ -24,10 +24,14 @@ def fail(op: str, argument: str, expected: str, got: object, error: type[Excepti
     raise error(f"{op}: {argument} must be {expected}, got {got}")
 
 
+def checks_devices() -> bool:
+    """Whether index tensors on a device are read back and checked: under SVPO_CHECK=1 only, as each costs a wait."""
+    return os.environ.get("SVPO_CHECK") == "1"
+
+
 def can_look(tensor: Tensor) -> bool:
-    """Whether the values of an index tensor may be read for a check: a device's only under SVPO_CHECK=1, as it costs a
-    wait for the device."""
-    return tensor.is_cpu or os.environ.get("SVPO_CHECK") == "1"
+    """Whether the values of an index tensor may be read for a check."""
+    return tensor.is_cpu or checks_devices()
 
 
 def require_float(op: str, argument: str, value: object) -> None:

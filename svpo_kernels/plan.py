@@ -316,6 +316,14 @@ def value_bounds(rows: Tensor, low: Tensor, high: Tensor, step_ids: Tensor) -> T
     return torch.stack([low.min(), high.max(), rows.max(), step_ids.max()])
 
 
+def scored_bounds(plan: PlanTensors) -> Tensor:
+    """The `bounds` of a plan that came without, from the predictions that a row owns. Reads the plan's device."""
+    row_of = torch.repeat_interleave(plan.rows, plan.row_start.diff())
+    scored = row_of >= 0
+    labels, step_ids = (values[: row_of.shape[0]][scored] for values in (plan.labels, plan.step_ids))
+    return value_bounds(row_of[scored], labels, labels, step_ids).cpu()
+
+
 def no_bounds() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 

@@ -113,6 +113,50 @@ def test_budget_must_be_positive() -> None:
         sk.linear_step_logps(H, W, Y, shift=0, logits_budget_mb=0)
 
 
+@pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": Y + V}, f"labels must be below the vocabulary of {V}, got a label of {V}"),
+        ({"labels": Y - 1}, r"labels must be in \[0, V\), or -100 for not scored, got a label of -1"),
+        ({"step_ids": S + 4}, "step_ids must be below num_steps = 4, got a step id of 4"),
+    ],
+    ids=["label", "negative", "step"],
+)
+def test_a_plan_from_a_device_is_checked_when_asked(
+    op: str, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made on a device a plan has no bounds, as here; what is not scored or is padding is not judged."""
+    labels, step_ids = change.get("labels", Y).clone(), change.get("step_ids", S)
+    labels[3:] = -100
+    plan = sk.StepPlan.from_tensors(labels, step_ids, shift=0, num_steps=4).pad_to(9, 9, 4)
+    plan.bounds = torch.empty(0, dtype=torch.int64)
+    first = (X,) if op == "step_logps" else (H, W)
+    getattr(sk, op)(*first, plan)
+    monkeypatch.setenv("SVPO_CHECK", "1")
+    with pytest.raises(IndexError, match=f"{op}: {message}"):
+        getattr(sk, op)(*first, plan)
+
+
+def test_a_plan_from_a_device_without_predictions_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVPO_CHECK", "1")
+    plan = sk.StepPlan.from_tensors(torch.full((T,), -100), None, shift=0, num_steps=0)
+    plan.bounds = torch.empty(0, dtype=torch.int64)
+    assert sk.step_logps(X, plan).shape == (0,)
+
+
+@pytest.mark.gpu
+def test_bad_labels_on_a_device_give_nan_and_raise_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, h, w, y = (t.cuda() for t in (X, H, W, Y + V))
+    calls = [lambda: sk.step_logps(x, y, shift=0), lambda: sk.linear_step_logps(h, w, y, shift=0)]
+    for call in calls:
+        assert call().isnan().all()
+    monkeypatch.setenv("SVPO_CHECK", "1")
+    for call in calls:
+        with pytest.raises(IndexError, match=f"got a label of {V}"):
+            call()
+
+
 def test_fp64_runs_on_the_reference_only() -> None:
     assert sk.step_logps(X.double(), Y, shift=0).dtype == torch.float64
     with pytest.raises(RuntimeError, match="step_logps: backend 'cpu' cannot run this call: .*float64"):

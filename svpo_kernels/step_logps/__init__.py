@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import dispatch
 from .._autograd import once_differentiable
-from .._checks import fail, require_choice, require_float, require_integer, require_positive
-from ..plan import PlanTensors, StepPlan, check_layout
+from .._checks import checks_devices, fail, require_choice, require_float, require_integer, require_positive
+from ..plan import PlanTensors, StepPlan, check_layout, scored_bounds
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -29,10 +29,14 @@ class Options(NamedTuple):
 
 
 def check_bounds(op: str, plan: PlanTensors, num_rows: int, vocab_size: int, row_source: str) -> None:
-    """Values against shapes, where they can be seen without asking the device."""
-    if plan.bounds.numel() == 0:
+    """Values against shapes. A plan made on a device has no bounds: it is read back under SVPO_CHECK=1 only."""
+    if plan.bounds.numel():
+        bounds = plan.bounds
+    elif checks_devices():
+        bounds = scored_bounds(plan)
+    else:
         return
-    low, label, row, step = plan.bounds.tolist()
+    low, label, row, step = bounds.tolist()
     S = plan.step_start.shape[0] - 1
     if low < 0:
         fail(op, "labels", "in [0, V), or -100 for not scored", f"a label of {low}", IndexError)
@@ -163,8 +167,8 @@ def step_logps(
 
     Raises:
         TypeError: no shift with labels, or a dtype that is not supported. ValueError: a shape, device, layout or option
-        that does not fit. IndexError: a label, row or step out of range (CPU index tensors; on a device the result is
-        NaN).
+        that does not fit. IndexError: a label, row or step out of range (CPU index tensors, and a device's under
+        SVPO_CHECK=1; without it the result is NaN there).
 
     Source: autoregressive log-likelihood of a span, as DPO (arXiv 2305.18290, eq. 7) and Step-DPO (arXiv 2406.18629,
     eq. 2) use it.
