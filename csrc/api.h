@@ -33,13 +33,13 @@ SVPO_CPU_OP(step_logps_fwd, const void* logits, int dtype, int64_t B, int64_t L,
             float* row_logsum, int threads);
 
 // grad_logits, every element of all B * L rows of V columns, from grad_out (S,) or (N,). grad_logits may be logits.
-// fresh: grad_logits is memory that was never written.
+// separate: grad_logits is not logits. fresh: it is memory that was never written.
 SVPO_CPU_OP(step_logps_bwd, const float* grad_out, const void* logits, void* grad_logits, int dtype, int64_t B,
             int64_t L, int64_t V, int64_t stride_b, int64_t stride_l, int64_t grad_stride_b, int64_t grad_stride_l,
             const float* logp, const float* row_max, const float* row_logsum, const int64_t* rows,
             const int64_t* row_start, const int64_t* labels, const int64_t* first, const int64_t* step_ids,
             const int64_t* step_start, int64_t R, int64_t N, int64_t S, int64_t vocab_size, double temperature,
-            double softcap, int reduction, int fresh, int threads);
+            double softcap, int reduction, int separate, int fresh, int threads);
 
 // Terms, metrics and slopes of svpo_loss; null = not given. lp, ref, v (S,) of their own dtypes, value_targets (S,),
 // pairs (P, 2) and sft_steps (K,) int64 (wide) or int32, per-pair numbers (P,) before the scalar of their name, counts

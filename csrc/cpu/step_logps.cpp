@@ -14,11 +14,12 @@ struct Rows {
   T* row(int64_t r) const { return data + r / L * stride_b + r % L * stride_l; }
 };
 
-// Every row of grads: zeros where nothing is scored, in padded columns, and around the columns that count.
+// Every row of grads: zeros where nothing is scored, in padded columns, and around the columns that count. past_cache:
+// written around the caches; unmapped: pages that no memory is behind yet.
 template <class T, Mode mode>
 int backward_rows(const Rows<const T>& logits, const Rows<T>& grads, const Plan& plan, const RowStats& stats,
                   const Upstream& upstream, int64_t V, int64_t vocab_size, const Transform& t, bool past_cache,
-                  int threads) {
+                  bool unmapped, int threads) {
   const int64_t num_rows = logits.B * logits.L;
   const Panels panels(V);
   Scratch<int64_t> order(plan.N), owner(num_rows);
@@ -39,7 +40,7 @@ int backward_rows(const Rows<const T>& logits, const Rows<T>& grads, const Plan&
     const int64_t row = panels.row(task), r = owner[row], from = panels.from(task), to = panels.to(task);
     T* const out = grads.row(row);
     // 165 -> 137 ms forward and backward at 512 x 128256 fp32 on one thread: most of it goes into mapping the pages.
-    if (past_cache) svpo_populate(out + from, (to - from) * sizeof(T));
+    if (unmapped) svpo_populate(out + from, (to - from) * sizeof(T));
     const int64_t end = r < 0 || vocab_size < from ? from : vocab_size < to ? vocab_size : to;
     memset(static_cast<void*>(out + end), 0, (to - end) * sizeof(T));
     if (end > from)
@@ -76,7 +77,7 @@ extern "C" int SVPO_ENTRY(step_logps_bwd)(
     int64_t stride_b, int64_t stride_l, int64_t grad_stride_b, int64_t grad_stride_l, const float* logp,
     const float* row_max, const float* row_logsum, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
     const int64_t* first, const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S,
-    int64_t vocab_size, double temperature, double softcap, int reduction, int fresh, int threads) {
+    int64_t vocab_size, double temperature, double softcap, int reduction, int separate, int fresh, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
   const RowStats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum)};
   const Transform t = make_transform(temperature, softcap);
@@ -84,10 +85,10 @@ extern "C" int SVPO_ENTRY(step_logps_bwd)(
   return for_dtype_and_mode(dtype, t.mode, [&](auto type, auto tag) {
     using T = decltype(type);
     const int64_t bytes = B * L * V * static_cast<int64_t>(sizeof(T));
-    const bool past_cache = fresh && bytes > kPastCache;
+    const bool large = bytes > kPastCache;
     const Rows<const T> source = {static_cast<const T*>(logits), B, L, stride_b, stride_l};
     const Rows<T> target = {static_cast<T*>(grad_logits), B, L, grad_stride_b, grad_stride_l};
-    return backward_rows<T, decltype(tag)::mode>(source, target, plan, stats, upstream, V, vocab_size, t, past_cache,
-                                                 threads);
+    return backward_rows<T, decltype(tag)::mode>(source, target, plan, stats, upstream, V, vocab_size, t, separate && large,
+                                                 fresh && large, threads);
   });
 }

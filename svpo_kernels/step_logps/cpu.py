@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _memory, _native
 from ..plan import PlanTensors
 
 
@@ -36,12 +36,12 @@ def step_logps_bwd(grad_out: Tensor, logits: Tensor, logp: Tensor, row_max: Tens
     view = PlanTensors(*(index.contiguous() for index in plan))
     B, L, V = logits.shape
     R, N, S = view.rows.shape[0], view.labels.shape[0], view.step_start.shape[0] - 1
-    grad = logits if inplace else logits.new_empty((B, L, V))
+    grad, written = (logits, True) if inplace else _memory.empty(logits, (B, L, V))
     grad_out = grad_out.contiguous()
     _native.cpu().step_logps_bwd(
         grad_out.data_ptr(), logits.data_ptr(), grad.data_ptr(), _native.DTYPES[logits.dtype], B, L, V,
         *logits.stride()[:2], *grad.stride()[:2], logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
         view.rows.data_ptr(), view.row_start.data_ptr(), view.labels.data_ptr(), view.first.data_ptr(),
         view.step_ids.data_ptr(), view.step_start.data_ptr(), R, N, S, vocab_size, temperature, softcap,
-        _native.REDUCTIONS[reduction], int(not inplace), _native.threads())
+        _native.REDUCTIONS[reduction], int(not inplace), int(not written), _native.threads())
     return grad
