@@ -122,17 +122,15 @@ SVPO_CPU_OP(row_grads, const float* grad_out, const int64_t* rows, const int64_t
             const int64_t* first, const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S,
             int reduction, float* g, float* G, int threads);
 
-// out (c, D) contiguous = G uw + sum_n g_n (J[l_n] W[l_n] - J[l*] W[l*]) for rows [first_row, last_row).
+// out (c, D) contiguous = G uw + sum of terms[n] weight[labels[n]] over each row's predictions, for rows [first_row,
+// last_row). A label whose term is 0 is never looked at.
 SVPO_CPU_OP(branch_hidden, const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw,
-            int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start,
-            const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
-            const float* logp, const float* g, const float* G, int64_t vocab_size, double temperature, double softcap,
-            int threads);
+            int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* row_start, const int64_t* labels,
+            const float* terms, const float* G, int threads);
 
-// dweight (V, D) in dtype_w and dbias (V,), each may be null: += g_n J[l_n] h at l_n and the opposite at l*.
+// dweight (V, D) in dtype_w and dbias (V,), each may be null: += coefficients[n] h[row of n] at labels[n], in fixed order.
 SVPO_CPU_OP(branch_weight, void* dweight, float* dbias, const void* h, int dtype_w, int dtype, int64_t D,
-            int64_t stride_dw, int64_t stride_h, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
-            const int64_t* first, int64_t R, int64_t N, const float* label_z0, const float* logp, const float* g,
-            int64_t vocab_size, double temperature, double softcap, int threads);
+            int64_t stride_dw, int64_t stride_h, const int64_t* row_start, const int64_t* labels,
+            const float* coefficients, int64_t R, int64_t N, int threads);
 
 }  // extern "C"

@@ -348,6 +348,17 @@ def scatter_rows(grad: Tensor, rows: Tensor, values: Tensor) -> None:
         flat.index_add_(0, rows.clamp_min(0), values)
 
 
+def row_of_prediction(plan: PlanTensors) -> tuple[Tensor, Tensor]:
+    """(N,) index into rows, and the mask of predictions that have a row."""
+    R, N = plan.rows.shape[0], plan.labels.shape[0]
+    n = torch.arange(N, device=plan.rows.device)
+    row = torch.searchsorted(plan.row_start, n, right=True) - 1
+    if R == 0:
+        return row, torch.zeros_like(row, dtype=torch.bool)
+    kept = row.clamp_max(R - 1)
+    return kept, (row < R) & (plan.rows[kept] >= 0)
+
+
 # -- the tensor form without its unscored rows, as a raw op: its sizes are known only when it has run ------------------
 
 

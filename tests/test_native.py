@@ -117,7 +117,7 @@ def test_half_precision_conversion_of_every_value(isa: str, dtype: torch.dtype, 
     )
     zeros = torch.zeros(rows)
     scaled = linear_rows.branch_hidden(
-        x, x[:1], zeros, zeros, zeros, torch.full((rows,), factor), plan.tensors, 0, 1.0, 0.0
+        x, x[:1], zeros, torch.full((rows,), factor), plan.tensors, 0
     )
     expected = (x.float() * factor).to(dtype)
     nan = expected.isnan()

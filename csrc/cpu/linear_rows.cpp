@@ -10,19 +10,6 @@ namespace {
 
 constexpr int64_t kSlice = 1024;  // columns of D whose fp32 sums stay in L1
 
-// The share of a branching row's gradient that is not a multiple of U: at each label n != l* g_n J, and at l* the same
-// of opposite sign, -sum of g_n times its own J. Calls body(label, coefficient); a row with one label has none.
-template <class Body>
-void branch_terms(const Plan& plan, RowLabels own, const RowGrad& grad, const float* merged, const float* label_z0,
-                  double temperature, double softcap, const Body& body) {
-  if (own.count < 2) return;
-  for (int64_t i = 0; i < own.count; ++i) {
-    const int64_t n = own.order[i];
-    const double g = n == grad.likely ? -grad.others : static_cast<double>(merged[n]);
-    body(plan.labels[n], g * svpo_logit_slope(label_z0[n], temperature, softcap));
-  }
-}
-
 // out += coefficient * row, n elements in fp32.
 template <class T>
 void add_scaled(float* out, const T* row, float coefficient, int64_t n) {
@@ -50,7 +37,7 @@ void scale_row(A* out, const B* row, float factor, int64_t n) {
 // One term of dW: coefficient * h[row] goes to row `label`.
 struct Term {
   int64_t label, row;
-  double coefficient;
+  float coefficient;
 };
 
 int compare_terms(const void* a, const void* b) {
@@ -127,29 +114,24 @@ extern "C" int SVPO_ENTRY(row_grads)(
 
 extern "C" int SVPO_ENTRY(branch_hidden)(
     const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw, int64_t stride_w,
-    int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
-    const int64_t* first, int64_t R, int64_t N, const float* label_z0, const float* logp, const float* g, const float* G,
-    int64_t vocab_size, double temperature, double softcap, int threads) {
-  const Plan plan = {rows, row_start, labels, first, R, N};
-  const int64_t count = last_row - first_row, base = count > 0 ? row_start[first_row] : 0;
-  Scratch<int64_t> order(count > 0 ? row_start[last_row] - base : 0);
-  if (!order.data) return SVPO_NO_MEMORY;
+    int64_t first_row, int64_t last_row, const int64_t* row_start, const int64_t* labels, const float* terms,
+    const float* G, int threads) {
+  const int64_t count = last_row - first_row;
   return for_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     for_each(count, 4, count * D, threads, [&](int64_t i) {
-      const int64_t r = first_row + i;
+      const int64_t r = first_row + i, begin = row_start[r], end = row_start[r + 1];
       const T* const source = static_cast<const T*>(uw) + i * stride_uw;
       T* const target = static_cast<T*>(out) + i * D;
-      const RowLabels own = sort_labels(plan, r, vocab_size, order.data + row_start[r] - base);
-      if (own.count < 2) return scale_row(target, source, G[r], D);
-      const RowGrad grad = row_grad(own, logp, g);
+      bool branches = false;
+      for (int64_t n = begin; n < end; ++n) branches |= terms[n] != 0.0f;
+      if (!branches) return scale_row(target, source, G[r], D);
       alignas(64) float sum[kSlice];
       for (int64_t d = 0; d < D; d += kSlice) {
         const int64_t width = D - d < kSlice ? D - d : kSlice;
         scale_row(sum, source + d, G[r], width);
-        branch_terms(plan, own, grad, g, label_z0, temperature, softcap, [&](int64_t l, double c) {
-          add_scaled(sum, static_cast<const T*>(weight) + l * stride_w + d, static_cast<float>(c), width);
-        });
+        for (int64_t n = begin; n < end; ++n)
+          if (terms[n] != 0.0f) add_scaled(sum, static_cast<const T*>(weight) + labels[n] * stride_w + d, terms[n], width);
         scale_row(target + d, sum, 1.0f, width);
       }
     });
@@ -159,20 +141,14 @@ extern "C" int SVPO_ENTRY(branch_hidden)(
 
 extern "C" int SVPO_ENTRY(branch_weight)(
     void* dweight, float* dbias, const void* h, int dtype_w, int dtype, int64_t D, int64_t stride_dw, int64_t stride_h,
-    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
-    const float* label_z0, const float* logp, const float* g, int64_t vocab_size, double temperature, double softcap,
-    int threads) {
-  const Plan plan = {rows, row_start, labels, first, R, N};
-  Scratch<int64_t> order(N), starts(N + 1);
+    const int64_t* row_start, const int64_t* labels, const float* coefficients, int64_t R, int64_t N, int threads) {
+  Scratch<int64_t> starts(N + 1);
   Scratch<Term> terms(N);
-  if (!order.data || !starts.data || !terms.data) return SVPO_NO_MEMORY;
+  if (!starts.data || !terms.data) return SVPO_NO_MEMORY;
   int64_t count = 0, groups = 0;
-  for (int64_t r = 0; r < R; ++r) {
-    if (rows[r] < 0 || row_start[r + 1] - row_start[r] < 2) continue;
-    const RowLabels own = sort_labels(plan, r, vocab_size, order.data + row_start[r]);
-    branch_terms(plan, own, row_grad(own, logp, g), g, label_z0, temperature, softcap,
-                 [&](int64_t l, double c) { terms[count++] = {l, r, c}; });
-  }
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t n = row_start[r]; n < row_start[r + 1]; ++n)
+      if (coefficients[n] != 0.0f) terms[count++] = {labels[n], r, coefficients[n]};
   // By label, then row: each row of dW is summed in fp32 by one task, in a fixed order, and rounded once.
   qsort(terms.data, count, sizeof(Term), compare_terms);
   for (int64_t i = 0; i < count; ++i)
@@ -195,8 +171,7 @@ extern "C" int SVPO_ENTRY(branch_weight)(
         alignas(64) float sum[kSlice];
         scale_row(sum, target, 1.0f, width);
         for (int64_t i = starts[group]; i < starts[group + 1]; ++i)
-          add_scaled(sum, static_cast<const T*>(h) + terms[i].row * stride_h + d,
-                     static_cast<float>(terms[i].coefficient), width);
+          add_scaled(sum, static_cast<const T*>(h) + terms[i].row * stride_h + d, terms[i].coefficient, width);
         scale_row(target, sum, 1.0f, width);
       });
       return SVPO_OK;

@@ -69,27 +69,24 @@ def row_grads(grad_out: Tensor, plan: PlanTensors, reduction: str) -> tuple[Tens
 
 
 def branch_hidden(
-    uw: Tensor, weight: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor, G: Tensor, plan: PlanTensors, first_row: int,
-    temperature: float, softcap: float,
+    uw: Tensor, weight: Tensor, terms: Tensor, G: Tensor, plan: PlanTensors, first_row: int
 ) -> Tensor:
     out = torch.empty_like(uw, memory_format=torch.contiguous_format)
     _native.cpu().branch_hidden(
         uw.data_ptr(), weight.data_ptr(), out.data_ptr(), _native.DTYPES[uw.dtype], uw.shape[1], uw.stride(0),
-        weight.stride(0), first_row, first_row + uw.shape[0], *_rows(plan), label_z0.data_ptr(), logp.data_ptr(),
-        g.data_ptr(), G.data_ptr(), weight.shape[0], temperature, softcap, _native.threads())
+        weight.stride(0), first_row, first_row + uw.shape[0], plan.row_start.data_ptr(), plan.labels.data_ptr(),
+        terms.data_ptr(), G.data_ptr(), _native.threads())
     return out
 
 
 def branch_weight(
-    dweight: Tensor | None, dbias: Tensor | None, h: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor,
-    plan: PlanTensors, temperature: float, softcap: float,
+    dweight: Tensor | None, dbias: Tensor | None, h: Tensor, terms: Tensor, plan: PlanTensors
 ) -> None:
-    V = next(t.shape[0] for t in (dweight, dbias) if t is not None)
     _native.cpu().branch_weight(
         _native.pointer(dweight), _native.pointer(dbias), h.data_ptr(),
         _native.DTYPES[h.dtype if dweight is None else dweight.dtype], _native.DTYPES[h.dtype], h.shape[1],
-        0 if dweight is None else dweight.stride(0), h.stride(0), *_rows(plan), label_z0.data_ptr(), logp.data_ptr(),
-        g.data_ptr(), V, temperature, softcap, _native.threads())
+        0 if dweight is None else dweight.stride(0), h.stride(0), plan.row_start.data_ptr(), plan.labels.data_ptr(),
+        terms.data_ptr(), h.shape[0], terms.shape[0], _native.threads())
 
 
 def _rows(plan: PlanTensors) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import PlanTensors, gather_rows, scatter_rows
+from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows
 from . import modes
 
 
@@ -36,11 +36,10 @@ class RowKernels(NamedTuple):
     # (grad_out, plan, reduction) -> g (N,), G (R,)
     #   upstreams, equal (row, label) merged into the first (others 0), and their sum per row
     row_grads: Callable[..., tuple[Tensor, Tensor]]
-    # (uw, weight, label_z0, logp, g, G, plan, first_row, temperature, softcap) -> rows of dHidden in uw's dtype:
-    #   G uw + sum_n g_n (J[l_n] W[l_n] - J[l*] W[l*])
+    # (uw, weight, terms, G, plan, first_row) -> rows of dHidden in uw's dtype: G uw + sum_n terms[n] W[l_n]
     branch_hidden: Callable[..., Tensor]
-    # (dweight, dbias or None, h, label_z0, logp, g, plan, temperature, softcap) -> None, adds in fixed order
-    #   dW[l_n] += g_n J[l_n] h, dW[l*] -= g_n J[l*] h (and db without h) for rows with several distinct labels
+    # (dweight or None, dbias or None, h, terms, plan) -> None, adds in fixed order
+    #   dW[l_n] += terms[n] h (and db without h); terms of 0 are passed over
     branch_weight: Callable[..., None]
 
 
@@ -142,9 +141,10 @@ def backward(
     head = HeadGradient(weight, bias, vocab_size, needs_weight, needs_bias, single=kept == R)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
     options = (temperature, softcap)
+    terms = branch_terms(label_z0, logp, g, view, vocab_size, *options)
 
     if mode == "frozen":
-        scatter_rows(dhidden, view.rows, kernels.branch_hidden(saved, used, label_z0, logp, g, G, view, 0, *options))
+        scatter_rows(dhidden, view.rows, kernels.branch_hidden(saved, used, terms, G, view, 0))
         return dhidden, *head.finish()
     buffer = scratch(h, R - kept, limit.chunk, vocab_size)
     uw = h.new_empty(R, D) if needs_hidden else None
@@ -159,9 +159,9 @@ def backward(
             torch.mm(unit, used, out=uw[start:stop])
         head.add(unit, scaled[start:stop], G[start:stop])
     if needs_hidden:
-        scatter_rows(dhidden, view.rows, kernels.branch_hidden(uw, used, label_z0, logp, g, G, view, 0, *options))
+        scatter_rows(dhidden, view.rows, kernels.branch_hidden(uw, used, terms, G, view, 0))
     if needs_weight or needs_bias:
-        head.branch(kernels, h, label_z0, logp, g, view, *options)
+        head.branch(kernels, h, terms, view)
     return dhidden, *head.finish()
 
 
@@ -197,26 +197,54 @@ class HeadGradient:
             for start, stop in modes.chunks(0, self.V, 8192):  # fp32 sums without an fp32 copy of U
                 self.dbias[start:stop] += torch.mv(unit[:, start:stop].to(self.dbias.dtype).t(), G.to(self.dbias.dtype))
 
-    def branch(
-        self,
-        kernels: RowKernels,
-        h: Tensor,
-        label_z0: Tensor,
-        logp: Tensor,
-        g: Tensor,
-        view: PlanTensors,
-        temperature: float,
-        softcap: float,
-    ) -> None:
+    def branch(self, kernels: RowKernels, h: Tensor, terms: Tensor, plan: PlanTensors) -> None:
         if self.dweight is not None and self.untouched:
             self.dweight.zero_()
-        kernels.branch_weight(self.dweight, self.dbias, h, label_z0, logp, g, view, temperature, softcap)
+        kernels.branch_weight(self.dweight, self.dbias, h, terms, plan)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         return (
             self.weight.new_empty(0) if self.dweight is None else self.dweight.to(self.weight.dtype),
             self.weight.new_empty(0) if self.dbias is None else self.dbias.to(self.bias.dtype),
         )
+
+
+# -- branching rows ---------------------------------------------------------------------------------------------------
+
+
+def branch_terms(
+    label_z0: Tensor, logp: Tensor, g: Tensor, plan: PlanTensors, vocab_size: int, temperature: float, softcap: float
+) -> Tensor:
+    """(N,) what dz0 holds beside G U: at a label that is not l* g_n J, at l* -(the others' g) J; elsewhere 0.
+
+    A row with one distinct label has none. In fp64 on (N,) vectors, on every backend.
+    """
+    row, _ = row_of_prediction(plan)
+    likely = likeliest(logp, plan, vocab_size)
+    is_likely = torch.arange(logp.shape[0], device=logp.device) == (likely[row] if likely.numel() else -1)
+    others = torch.segment_reduce(  # in order: no float atomics
+        g.double().masked_fill(is_likely, 0.0), "sum", offsets=plan.row_start, initial=0, unsafe=True
+    )
+    inside = (plan.labels >= 0) & (plan.labels < vocab_size)
+    own = torch.where(is_likely, -others[row] if others.numel() else 0.0, g.double())
+    return torch.where(inside, own * slope(label_z0, temperature, softcap), 0.0).to(g.dtype)
+
+
+def likeliest(logp: Tensor, plan: PlanTensors, vocab_size: int) -> Tensor:
+    """(R,) l* of each row as a prediction: the most probable distinct label, ties: the first. N where there is none."""
+    R, N = plan.rows.shape[0], logp.shape[0]
+    row, scored = row_of_prediction(plan)
+    n = torch.arange(N, device=logp.device)
+    distinct = scored & (plan.first == n) & (plan.labels >= 0) & (plan.labels < vocab_size)
+    best = logp.new_full((R,), -torch.inf).scatter_reduce(0, row, logp.masked_fill(~distinct, -torch.inf), "amax")
+    at_best = distinct & (logp == (best[row] if R else logp))
+    return row.new_full((R,), N).scatter_reduce(0, row, torch.where(at_best, n, N), "amin")
+
+
+def slope(label_z0: Tensor, temperature: float, softcap: float) -> Tensor:
+    """J = dz/dz0 at label logits, fp64."""
+    tanh = torch.tanh(label_z0.double() / softcap) if softcap else torch.zeros_like(label_z0, dtype=torch.float64)
+    return (1.0 - tanh) * (1.0 + tanh) / temperature
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------

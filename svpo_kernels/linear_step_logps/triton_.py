@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._triton import FEATURES, ROW_WARPS, ROWS, cdiv, kernel, launch, one_minus_exp, tl
-from ..plan import PlanTensors
+from ..plan import PlanTensors, row_of_prediction
 from ..step_logps.triton_ import Source, launch_gradient, launch_stats, reduce_steps, row_grads
 from ..step_logps.triton_kernels import label_logit, likeliest
 from . import products
@@ -74,43 +74,6 @@ def rows_unit_kernel(
         unit = tl.where(tl.load(first + n, mask=own, other=-1) == top_n, one_minus_exp(value.to(tl.float64), p), -p)
         tl.store(targets + n, (unit * slope.to(tl.float64) * inverse_temperature).to(tl.float32), mask=own)
     tl.store(factors + r, factor.to(tl.float32), mask=scored)
-
-
-@kernel
-def branch_terms_kernel(
-    rows, row_start, labels, first, label_z0, logp, g, terms, keys, owner, R: tl.int64, vocab_size: tl.int64,
-    scale_high, scale_low, inverse_high, inverse_low, inverse_temperature, MODE: tl.constexpr, ROWS: tl.constexpr,
-):
-    """Grid (cdiv(R, ROWS),). terms[n] = g_n J[l_n], and -(the other labels' g) J[l*] at l*: what is no multiple of U.
-
-    Only for rows with several distinct labels: keys[n] = l_n and owner[n] = r there; elsewhere all stay as given.
-    """
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scored = tl.load(rows + r, mask=r < R, other=-1) >= 0
-    start = tl.load(row_start + r, mask=scored, other=0)
-    end = tl.load(row_start + r + 1, mask=scored, other=0)
-    most = tl.max(end - start, 0)
-    top_n = likeliest(logp, labels, first, start, end, most, scored, vocab_size, ROWS)
-    others = tl.zeros([ROWS], tl.float64)
-    distinct = tl.zeros([ROWS], tl.int32)
-    for j in range(0, most):
-        n = start + j
-        own = scored & (n < end)
-        label = tl.load(labels + n, mask=own, other=0)
-        own = own & (tl.load(first + n, mask=own, other=-1) == n) & (label >= 0) & (label < vocab_size)
-        others += tl.where(n != top_n, tl.load(g + n, mask=own, other=0.0), 0.0).to(tl.float64)
-        distinct += own.to(tl.int32)
-    for j in range(0, most):
-        n = start + j
-        own = scored & (n < end) & (distinct > 1)
-        label = tl.load(labels + n, mask=own, other=0)
-        own = own & (tl.load(first + n, mask=own, other=-1) == n) & (label >= 0) & (label < vocab_size)
-        _z, slope = label_logit(label_z0, label, label_z0, n, label, own, scale_high, scale_low, inverse_high,
-                                inverse_low, MODE, True)
-        term = tl.where(n == top_n, -others, tl.load(g + n, mask=own, other=0.0).to(tl.float64))
-        tl.store(terms + n, (term * slope.to(tl.float64) * inverse_temperature).to(tl.float32), mask=own)
-        tl.store(keys + n, label, mask=own)
-        tl.store(owner + n, r, mask=own)
 
 
 @kernel
@@ -226,11 +189,9 @@ def rows_unit(
 
 
 def branch_hidden(
-    uw: Tensor, weight: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor, G: Tensor, plan: PlanTensors, first_row: int,
-    temperature: float, softcap: float,
+    uw: Tensor, weight: Tensor, terms: Tensor, G: Tensor, plan: PlanTensors, first_row: int
 ) -> Tensor:
     out = torch.empty_like(uw, memory_format=torch.contiguous_format)
-    terms, _, _ = _branch_terms(label_z0, logp, g, plan, weight.shape[0], temperature, softcap)
     rows, D = uw.shape
     align, limit = _common(D, uw, weight, out)
     launch(
@@ -242,12 +203,12 @@ def branch_hidden(
 
 
 def branch_weight(
-    dweight: Tensor | None, dbias: Tensor | None, h: Tensor, label_z0: Tensor, logp: Tensor, g: Tensor,
-    plan: PlanTensors, temperature: float, softcap: float,
+    dweight: Tensor | None, dbias: Tensor | None, h: Tensor, terms: Tensor, plan: PlanTensors
 ) -> None:
+    """Terms sorted by label: what is not 0 comes first, each label's terms by ascending row."""
     V = next(t.shape[0] for t in (dweight, dbias) if t is not None)
-    terms, keys, owner = _branch_terms(label_z0, logp, g, plan, V, temperature, softcap)
-    keys, order = torch.sort(keys, stable=True)
+    owner, _ = row_of_prediction(plan)
+    keys, order = torch.sort(torch.where(terms == 0.0, V, plan.labels), stable=True)
     N, D = keys.shape[0], h.shape[1]
     align, limit = _common(D, h, *(() if dweight is None else (dweight,)))
     launch(
@@ -256,20 +217,6 @@ def branch_weight(
         h.stride(0), 0 if dweight is None else dweight.stride(0), V, WEIGHT=dweight is not None,
         BIAS=dbias is not None, BLOCK=FEATURES.columns, ALIGN=align, LIMIT_ALIGN=limit, warps=FEATURES.warps,
     )
-
-
-def _branch_terms(
-    label_z0: Tensor, logp: Tensor, g: Tensor, plan: PlanTensors, V: int, temperature: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) coefficients, labels (V where there is no term) and rows of h."""
-    mode, *split = _triton.transform(temperature, softcap)
-    R, N = plan.rows.shape[0], plan.labels.shape[0]
-    terms, keys, owner = g.new_zeros(N), plan.labels.new_full((N,), V), plan.labels.new_zeros(N)
-    launch(
-        branch_terms_kernel, (cdiv(R, ROWS),), g, plan.rows, plan.row_start, plan.labels, plan.first, label_z0, logp, g,
-        terms, keys, owner, R, V, *split, 1.0 / temperature, MODE=mode, ROWS=ROWS, warps=ROW_WARPS,
-    )
-    return terms, keys, owner
 
 
 def _common(columns: int, *tensors: Tensor) -> tuple[int, int]:

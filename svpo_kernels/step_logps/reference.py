@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import PlanTensors, gather_rows, scatter_rows
+from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -105,17 +105,6 @@ def row_logps(z: Tensor, plan: PlanTensors) -> Tensor:
     inside = (plan.labels >= 0) & (plan.labels < z.shape[1])
     logp = torch.log_softmax(z, -1)[row, torch.where(inside, plan.labels, 0)]
     return torch.where(scored, torch.where(inside, logp, torch.nan), 0.0)
-
-
-def row_of_prediction(plan: PlanTensors) -> tuple[Tensor, Tensor]:
-    """(N,) index into rows, and the mask of predictions that have a row."""
-    R, N = plan.rows.shape[0], plan.labels.shape[0]
-    n = torch.arange(N, device=plan.rows.device)
-    row = torch.searchsorted(plan.row_start, n, right=True) - 1
-    if R == 0:
-        return row, torch.zeros_like(row, dtype=torch.bool)
-    kept = row.clamp_max(R - 1)
-    return kept, (row < R) & (plan.rows[kept] >= 0)
 
 
 def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
