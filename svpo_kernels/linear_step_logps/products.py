@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _memory
 from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows
 from . import modes
 
@@ -93,7 +94,7 @@ def forward(
     label_z0 = kernels.label_dots(h, weight, bias, view)
     logp = label_z0.new_zeros(view.labels.shape[0])
     row_max, row_logsum = label_z0.new_zeros(R), label_z0.new_zeros(R)
-    saved = h.new_empty(modes.saved_shape(mode, R, D, vocab_size, limit.kept))
+    saved = _memory.empty(h, modes.saved_shape(mode, R, D, vocab_size, limit.kept)).tensor
     kept = saved.shape[0] if mode == "store" else 0
     buffer = scratch(h, R - kept, limit.chunk, vocab_size)
     rest = modes.chunks(kept, R, limit.chunk)
@@ -175,7 +176,7 @@ class HeadGradient:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dtype = weight.dtype if single else wide
         # One product writes every row below vocab_size, so only the padding of the head needs its zeros.
-        self.dweight = weight.new_empty(weight.shape, dtype=dtype) if needs_weight else None
+        self.dweight = _memory.empty(weight, weight.shape, dtype).tensor if needs_weight else None
         self.dbias = weight.new_zeros(weight.shape[0], dtype=wide) if needs_bias else None
         self.untouched = True
         if needs_weight:
@@ -259,4 +260,4 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 
 def scratch(h: Tensor, rows: int, chunk: int, V: int) -> Tensor:
-    return h.new_empty(min(max(rows, 0), chunk), V)
+    return _memory.empty(h, (min(max(rows, 0), chunk), V)).tensor
