@@ -4,13 +4,24 @@
 // of the three builds end in _portable, _avx2 and _avx512, and bindings.cpp picks one at run time. To add an op:
 // declare it here, define it with SVPO_ENTRY (cpu/simd.h) and bind it with one line in bindings.cpp.
 //
+// A CUDA op `svpo_cuda_<op>` lives in cuda/<file>.cu, is declared with SVPO_CUDA_OP and takes its CPU twin's arguments, on
+// the device, with the device and the stream in place of `threads`. It only queues work and never waits. `scratch` is
+// device memory it may use until the stream has passed, aligned to 16 bytes; its size is checked.
+//
 // Every function returns SVPO_OK or an error code. `threads` is the most threads to use. Plan arrays are those of
-// svpo_kernels/plan.py, int64, on the CPU.
+// svpo_kernels/plan.py, int64, where the other arrays are.
 #pragma once
 
 #include <stdint.h>
 
-enum svpo_status { SVPO_OK = 0, SVPO_BAD_DTYPE = 1, SVPO_NO_MEMORY = 2, SVPO_BAD_INDEX = 3, SVPO_BAD_VALUE = 4 };
+enum svpo_status {
+  SVPO_OK = 0,
+  SVPO_BAD_DTYPE = 1,
+  SVPO_NO_MEMORY = 2,
+  SVPO_BAD_INDEX = 3,
+  SVPO_BAD_VALUE = 4,
+  SVPO_CUDA_ERROR = 5,  // svpo_cuda_last_error() says which
+};
 enum svpo_dtype { SVPO_FP32 = 0, SVPO_BF16 = 1, SVPO_FP16 = 2 };
 enum svpo_reduction { SVPO_SUM = 0, SVPO_MEAN = 1, SVPO_NONE = 2 };
 
@@ -19,7 +30,12 @@ enum svpo_reduction { SVPO_SUM = 0, SVPO_MEAN = 1, SVPO_NONE = 2 };
   int svpo_cpu_##name##_avx2(__VA_ARGS__);     \
   int svpo_cpu_##name##_avx512(__VA_ARGS__)
 
+#define SVPO_CUDA_OP(name, ...) int svpo_cuda_##name(__VA_ARGS__, int device, void* stream)
+
 extern "C" {
+
+// What the last SVPO_CUDA_ERROR of this thread was about.
+const char* svpo_cuda_last_error();
 
 // exp, tanh or 2^x of the vector library on (n,) fp32, for tests. function: 0 exp, 1 tanh, 2 2^x.
 SVPO_CPU_OP(elementwise, const float* x, float* out, int64_t n, int function);
@@ -32,6 +48,13 @@ SVPO_CPU_OP(step_logps_fwd, const void* logits, int dtype, int64_t B, int64_t L,
             double temperature, double softcap, int reduction, float* out, float* logp, float* row_max,
             float* row_logsum, int threads);
 
+// The same on CUDA; a step id at or above S makes every step NaN. scratch: 8 bytes for each of (V / 4096 + 2) * R panels.
+SVPO_CUDA_OP(step_logps_fwd, const void* logits, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
+             const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first,
+             const int64_t* step_ids, const int64_t* step_order, const int64_t* step_start, int64_t R, int64_t N,
+             int64_t S, int64_t vocab_size, double temperature, double softcap, int reduction, float* out, float* logp,
+             float* row_max, float* row_logsum, void* scratch, int64_t scratch_bytes);
+
 // grad_logits, every element of all B * L rows of V columns, from grad_out (S,) or (N,). grad_logits may be logits.
 // separate: grad_logits is not logits. fresh: it is memory that was never written.
 SVPO_CPU_OP(step_logps_bwd, const float* grad_out, const void* logits, void* grad_logits, int dtype, int64_t B,
@@ -40,6 +63,14 @@ SVPO_CPU_OP(step_logps_bwd, const float* grad_out, const void* logits, void* gra
             const int64_t* row_start, const int64_t* labels, const int64_t* first, const int64_t* step_ids,
             const int64_t* step_start, int64_t R, int64_t N, int64_t S, int64_t vocab_size, double temperature,
             double softcap, int reduction, int separate, int fresh, int threads);
+
+// The same on CUDA; a step id out of range gives NaN. scratch: 8 bytes for each of B * L, 4 for each of R and N.
+SVPO_CUDA_OP(step_logps_bwd, const float* grad_out, const void* logits, void* grad_logits, int dtype, int64_t B,
+             int64_t L, int64_t V, int64_t stride_b, int64_t stride_l, int64_t grad_stride_b, int64_t grad_stride_l,
+             const float* logp, const float* row_max, const float* row_logsum, const int64_t* rows,
+             const int64_t* row_start, const int64_t* labels, const int64_t* first, const int64_t* step_ids,
+             const int64_t* step_start, int64_t R, int64_t N, int64_t S, int64_t vocab_size, double temperature,
+             double softcap, int reduction, void* scratch, int64_t scratch_bytes);
 
 // Terms, metrics and slopes of svpo_loss; null = not given. lp, ref, v (S,) of their own dtypes, value_targets (S,),
 // pairs (P, 2) and sft_steps (K,) int64 (wide) or int32, per-pair numbers (P,) before the scalar of their name, counts

@@ -1,0 +1,296 @@
+// The kernels of rows.cuh that read or write whole rows: panel statistics and the gradient.
+#include "rows.cuh"
+
+using namespace rows;
+
+namespace {
+
+// -- z = softcap * tanh(z0 / softcap) / temperature --------------------------------------------------------------------
+
+enum Mode { kPlain, kScaled, kCapped };
+
+// z = scale * x, x = z0, or tanh(z0 * inverse). Factors are high + low in fp32, both positive (an infinite logit never
+// meets 0 * inf), so that a product by fma is rounded once, as a division is.
+struct Transform { float scale_high, scale_low, inverse_high, inverse_low; };
+
+void split(double value, float* high, float* low) {
+  *high = static_cast<float>(value);
+  if (static_cast<double>(*high) > value) *high = nextafterf(*high, 0.0f);
+  *low = static_cast<float>(value - static_cast<double>(*high));
+  if (!(*low > 1e-37f)) *low = 1e-37f;
+}
+
+Mode mode_of(double temperature, double softcap) {
+  return softcap > 0.0 ? kCapped : temperature != 1.0 ? kScaled : kPlain;
+}
+
+Transform make_transform(double temperature, double softcap) {
+  Transform t;
+  split((softcap > 0.0 ? softcap : 1.0) / temperature, &t.scale_high, &t.scale_low);
+  split(softcap > 0.0 ? 1.0 / softcap : 1.0, &t.inverse_high, &t.inverse_low);
+  return t;
+}
+
+SVPO_DEVICE float exp_(float x) { return exp2_approx(x * 1.4426950408889634f); }
+
+// A finite stand-in for a maximum where all z are -inf, so that their sum is 0 and not NaN.
+SVPO_DEVICE float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
+
+// tanh(u) and 1 - tanh(u)^2, both to a few ulp, near 0 and where tanh is 1 in fp32.
+SVPO_DEVICE float tanh_slope(float u, float* slope) {
+  const float w = u * u;
+  // (tanh(u) - u) / u^3 on |u| < 0.6: Chebyshev fit in u^2, relative error of the whole 3e-9
+  float p = fmaf(w, -0.005893945303199855f, 0.020794617710118236f);
+  p = fmaf(w, p, -0.05378329300033787f);
+  p = fmaf(w, p, 0.13331915298814978f);
+  p = fmaf(w, p, -0.3333329751012872f);
+  const float t = exp_(-2.0f * fabsf(u)), q = reciprocal_approx(1.0f + t);
+  *slope = 4.0f * t * q * q;
+  return fabsf(u) < 0.6f ? fmaf(u * w, p, u) : copysignf(1.0f - 2.0f * t * q, u);
+}
+
+// z of a raw logit; slope = dz/dz0 * temperature under a softcap, else 1.
+template <Mode mode>
+SVPO_DEVICE float transformed(float z0, const Transform& t, float* slope) {
+  *slope = 1.0f;
+  if (mode == kPlain) return z0;
+  const float x = mode == kCapped ? tanh_slope(fmaf(z0, t.inverse_high, z0 * t.inverse_low), slope) : z0;
+  return fmaf(x, t.scale_high, x * t.scale_low);
+}
+
+// -- panels ------------------------------------------------------------------------------------------------------------
+
+// Columns that a thread holds in registers: 4 loads of 16 bytes in flight for 16-bit logits, 8 for fp32. A softcap costs
+// a tanh a column and registers for it.
+template <Mode mode> constexpr int kColumns = mode == kCapped ? 16 : 32;
+constexpr int kWide = 256;       // threads of a block where a row fills them
+constexpr int kNarrow = kWarp;   // a small vocabulary (or a value head) is one warp's, without a barrier
+
+bool narrow(int64_t V, int pack, int columns) { return V + pack - 1 <= kNarrow * columns; }
+
+template <class T, Mode mode>
+int64_t panel_count(int64_t V) {
+  const int64_t threads = narrow(V, kPack<T>, kColumns<mode>) ? kNarrow : kWide;
+  return V > 0 ? ceil_div(V + kPack<T> - 1, threads * kColumns<mode>) : 0;
+}
+
+// Calls body(T{}, ModeTag<mode>{}) for a dtype code and a mode.
+template <Mode mode_> struct ModeTag { static constexpr Mode mode = mode_; };
+template <class Body>
+int for_dtype_and_mode(int dtype, Mode mode, const Body& body) {
+  return for_dtype(dtype, [&](auto type) {
+    if (mode == kPlain) return body(type, ModeTag<kPlain>{});
+    if (mode == kScaled) return body(type, ModeTag<kScaled>{});
+    return body(type, ModeTag<kCapped>{});
+  });
+}
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t count, L, stride_b, stride_l;
+  SVPO_DEVICE T* at(int64_t i) const { return data + (i / L * stride_b + i % L * stride_l); }
+};
+
+template <class T>
+Rows<T> rows_of(const Source& source) {
+  return {static_cast<T*>(source.data), source.count, source.L, source.stride_b, source.stride_l};
+}
+
+// Blocks that share a row's panels: one while rows alone give every multiprocessor 8 (two waves), else as many as that
+// takes. 64 rows at V = 128256 on 132 of them: 16 panels, 16 blocks a row, 1024 in all.
+int64_t blocks_per_row(int64_t count, int64_t panels, int device) {
+  const int64_t wanted = count > 0 ? ceil_div(8 * static_cast<int64_t>(processors(device)), count) : 1;
+  return panels < 1 ? 0 : wanted < panels ? wanted : panels;
+}
+
+// Whether column `column` of a run is among those that this thread holds of a panel, and which it is.
+template <class T, int kThreads, int kLoads>
+SVPO_DEVICE bool holds(const Run<T>& run, int64_t first_pack, int64_t column, int* which) {
+  const int64_t slot = column + run.skip - first_pack * kPack<T>;
+  if (slot < 0 || slot >= kThreads * kLoads * kPack<T>) return false;
+  const int pack = static_cast<int>(slot) / kPack<T>;
+  *which = pack / kThreads * kPack<T> + static_cast<int>(slot) % kPack<T>;
+  return pack % kThreads == thread_x();
+}
+
+// Maximum and sum of a panel from every thread's own. Two sets of slots in turn: one barrier a panel.
+template <int kThreads, class Slots>
+SVPO_DEVICE void store_panel(Partial own, Slots& slots, int turn, Partial* to) {
+  const float m = warp_max(own.m);
+  const float s = warp_sum(own.s == 0.0f ? 0.0f : own.s * exp_(own.m - finite_max(m)));
+  if (kThreads == kWarp) {
+    if (thread_x() == 0) *to = {m, s};
+    return;
+  }
+  constexpr int kWarps = kThreads / kWarp;
+  if (thread_x() % kWarp == 0) slots[turn * kWarps + thread_x() / kWarp] = Partial{m, s};
+  sync_threads();
+  if (thread_x() != 0) return;
+  Partial sum = {-INFINITY, 0.0f};
+  for (int warp = 0; warp < kWarps; ++warp) sum.m = fmaxf(sum.m, static_cast<Partial>(slots[turn * kWarps + warp]).m);
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const Partial part = slots[turn * kWarps + warp];
+    sum.s += part.s == 0.0f ? 0.0f : part.s * exp_(part.m - finite_max(sum.m));
+  }
+  *to = sum;
+}
+
+// Grid (rows, blocks a row): partials (panels, rows) of the columns that are no label, each column read once.
+template <class T, Mode mode, int kThreads>
+SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 3)
+statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t count, bool chunk, int64_t vocab_size,
+                  int64_t panels, Transform t, Partial* partials) {
+  constexpr int kLoads = kColumns<mode> / kPack<T>;
+  SVPO_SHARED(Partial, slots, 2 * (kThreads / kWarp));
+  const int64_t i = block_x(), r = first_row + i, named = plan.rows[r], row = chunk && named >= 0 ? i : named;
+  if (row < 0 || row >= source.count) return;
+  const Run<const T> run(source.at(row), vocab_size);
+  const int64_t start = plan.row_start[r], end = plan.row_start[r + 1];
+  int turn = 0;
+  for (int64_t panel = block_y(); panel < panels; panel += grid_y(), turn ^= 1) {
+    const int64_t first = panel * (kLoads * kThreads), mine = first + thread_x();
+    const bool whole = run.whole(first) && run.whole(first + kLoads * kThreads - 1);
+    Pack<T> packs[kLoads];
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) packs[k] = load_pack(run.data + run.begin(mine + k * kThreads));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) packs[k] = load_edge(run, mine + k * kThreads, from_float<T>(-INFINITY));
+    }
+    float z[kColumns<mode>], slope;
+#pragma unroll
+    for (int c = 0; c < kColumns<mode>; ++c) {
+      z[c] = transformed<mode>(to_float(packs[c / kPack<T>].at[c % kPack<T>]), t, &slope);
+      // A capped filling is a logit like any other: keep it out.
+      if (mode == kCapped && !whole && !run.has(run.begin(mine + c / kPack<T> * kThreads) + c % kPack<T>)) z[c] = -INFINITY;
+    }
+    for (int64_t n = start; n < end; ++n) {
+      int label;
+      if (!holds<const T, kThreads, kLoads>(run, first, plan.labels[n], &label)) continue;
+#pragma unroll
+      for (int c = 0; c < kColumns<mode>; ++c)
+        if (c == label) z[c] = -INFINITY;
+    }
+    Partial own = {z[0], 0.0f};
+#pragma unroll
+    for (int c = 1; c < kColumns<mode>; ++c) own.m = fmaxf(own.m, z[c]);
+    const float m = finite_max(own.m);
+    float sums[4] = {};
+#pragma unroll
+    for (int c = 0; c < kColumns<mode>; ++c) sums[c % 4] += exp_(z[c] - m);
+    own.s = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    store_panel<kThreads>(own, slots, turn, partials + (panel * count + i));
+  }
+}
+
+// Grid (rows of the target, blocks a row): one read and one write of a scored row, zeros elsewhere.
+template <class T, Mode mode, int kThreads>
+SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 3)
+gradient_kernel(Rows<const T> source, Rows<T> target, Plan plan, int64_t first_row, const int64_t* owner,
+                const float* row_max, const float* factors, const float* targets, int64_t V, int64_t vocab_size,
+                int64_t panels, Transform t) {
+  constexpr int kLoads = kColumns<mode> / kPack<T>;
+  const int64_t i = block_x(), r = owner ? owner[i] : plan.rows[first_row + i] < 0 ? -1 : first_row + i;
+  const Run<T> out(target.at(i), V);
+  const Run<const T> in(source.at(i), r < 0 ? 0 : vocab_size);
+  const bool aligned = in.skip == out.skip;
+  const float m = r < 0 ? 0.0f : finite_max(row_max[r]), factor = r < 0 ? 0.0f : factors[r];
+  const int64_t start = r < 0 ? 0 : plan.row_start[r], end = r < 0 ? 0 : plan.row_start[r + 1];
+  for (int64_t panel = block_y(); panel < panels; panel += grid_y()) {
+    const int64_t first = panel * (kLoads * kThreads), mine = first + thread_x();
+    const bool whole = aligned && in.whole(first) && in.whole(first + kLoads * kThreads - 1);
+    Pack<T> packs[kLoads];
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) packs[k] = load_pack(in.data + in.begin(mine + k * kThreads));
+    } else if (aligned) {
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) packs[k] = load_edge(in, mine + k * kThreads, from_float<T>(0.0f));
+    } else {
+#pragma unroll
+      for (int c = 0; c < kColumns<mode>; ++c) {
+        const int64_t column = out.begin(mine + c / kPack<T> * kThreads) + c % kPack<T>;
+        packs[c / kPack<T>].at[c % kPack<T>] = in.has(column) ? in.data[column] : from_float<T>(0.0f);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t begin = out.begin(mine + k * kThreads);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) {
+        float slope;
+        const float z = transformed<mode>(to_float(packs[k].at[j]), t, &slope);
+        const float y = factor * exp_(z - m);
+        packs[k].at[j] = from_float<T>(!whole && !in.has(begin + j) ? 0.0f : mode == kCapped ? y * slope : y);
+      }
+      store_edge(out, mine + k * kThreads, packs[k]);
+    }
+    // The thread that wrote a label's column writes it again.
+    for (int64_t n = start; n < end; ++n) {
+      const int64_t label = plan.labels[n];
+      int which;
+      if (in.has(label) && holds<T, kThreads, kLoads>(out, first, label, &which))
+        out.data[label] = from_float<T>(targets[n]);
+    }
+  }
+}
+
+template <class T, Mode mode>
+int launch_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
+                      int64_t vocab_size, const Transform& t, Partial* partials, Queue queue) {
+  const int64_t panels = panel_count<T, mode>(vocab_size);
+  const Grid grid = {count, blocks_per_row(count, panels, queue.device)};
+  const Rows<const T> from = rows_of<const T>(source);
+  if (narrow(vocab_size, kPack<T>, kColumns<mode>))
+    return launch("statistics", statistics_kernel<T, mode, kNarrow>, grid, kNarrow, queue, from, plan, first_row, count,
+                  chunk, vocab_size, panels, t, partials);
+  return launch("statistics", statistics_kernel<T, mode, kWide>, grid, kWide, queue, from, plan, first_row, count,
+                chunk, vocab_size, panels, t, partials);
+}
+
+template <class T, Mode mode>
+int launch_gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row,
+                    const int64_t* owner, const float* row_max, const float* factors, const float* targets, int64_t V,
+                    int64_t vocab_size, const Transform& t, Queue queue) {
+  const int64_t panels = panel_count<T, mode>(V);
+  const Grid grid = {target.count, blocks_per_row(target.count, panels, queue.device)};
+  const Rows<const T> from = rows_of<const T>(source);
+  const Rows<T> to = rows_of<T>(target);
+  if (narrow(V, kPack<T>, kColumns<mode>))
+    return launch("gradient", gradient_kernel<T, mode, kNarrow>, grid, kNarrow, queue, from, to, plan, first_row, owner,
+                  row_max, factors, targets, V, vocab_size, panels, t);
+  return launch("gradient", gradient_kernel<T, mode, kWide>, grid, kWide, queue, from, to, plan, first_row, owner,
+                row_max, factors, targets, V, vocab_size, panels, t);
+}
+
+}  // namespace
+
+int64_t rows::panels(int dtype, int64_t V, double softcap) {
+  int64_t count = 0;
+  for_dtype_and_mode(dtype, mode_of(1.0, softcap), [&](auto type, auto tag) {
+    count = panel_count<decltype(type), decltype(tag)::mode>(V);
+    return SVPO_OK;
+  });
+  return count;
+}
+
+int rows::gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row,
+                   const int64_t* owner, const Options& options, const float* row_max, const float* factors,
+                   const float* targets, int64_t V, Queue queue) {
+  const Transform t = make_transform(options.temperature, options.softcap);
+  return for_dtype_and_mode(source.dtype, mode_of(options.temperature, options.softcap), [&](auto type, auto tag) {
+    return launch_gradient<decltype(type), decltype(tag)::mode>(source, target, plan, first_row, owner, row_max,
+                                                                factors, targets, V, options.vocab_size, t, queue);
+  });
+}
+
+int rows::panel_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
+                           const Options& options, Partial* partials, Queue queue) {
+  const Transform t = make_transform(options.temperature, options.softcap);
+  return for_dtype_and_mode(source.dtype, mode_of(options.temperature, options.softcap), [&](auto type, auto tag) {
+    return launch_statistics<decltype(type), decltype(tag)::mode>(source, plan, first_row, count, chunk,
+                                                                  options.vocab_size, t, partials, queue);
+  });
+}

@@ -1,0 +1,78 @@
+// Rows of logits and the labels that a plan scores in them: what step_logps and the passes between the products of
+// linear_step_logps have in common. Kernels that pass over whole rows are in rows.cu, those that do a row's scalars in
+// row_scalars.cu.
+//
+// A row is cut into panels of columns, by V, dtype and mode alone. A panel always gives the same bits, whoever computes
+// it, and panels are joined in order: results depend neither on the number of rows nor on that of multiprocessors.
+#pragma once
+
+#include "common.cuh"
+
+namespace rows {
+
+// The plan's arrays that say what is predicted by whom (svpo_kernels/plan.py).
+struct Plan {
+  const int64_t *rows, *row_start, *labels, *first;
+  int64_t R, N;
+};
+
+// Rows of (B, L, V), or of a chunk (c, V) whose row i belongs to plan row first_row + i.
+struct Source {
+  void* data;
+  int dtype;
+  int64_t count, L, stride_b, stride_l;
+};
+
+// What turns raw logits into z, and where label columns are exact beforehand: label_z0 (N,), null without.
+struct Options {
+  int64_t vocab_size;
+  double temperature, softcap;
+  const float* label_z0;
+};
+
+// What the forward finds: logp (N,), row_max and row_logsum (R,).
+struct Stats { float *logp, *row_max, *row_logsum; };
+
+// Maximum m of z and sum s of exp(z - m) over a panel. Nothing seen: m = -inf, s = 0.
+struct Partial { float m, s; };
+
+// Upstream gradients of predictions: those of their steps (S,) or their own (N,).
+struct Upstream {
+  const float* grad_out;
+  const int64_t *step_ids, *step_start;
+  int64_t S;
+  int reduction;
+};
+
+// Panels of a row of V columns from any address: the partials that `statistics` needs a row.
+int64_t panels(int dtype, int64_t V, double softcap);
+
+// Partials (panels, count) of plan rows first_row ... + count, labels left out. chunk: `source` holds these rows alone,
+// else plan.rows names them.
+int panel_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
+                     const Options& options, Partial* partials, Queue queue);
+
+// Log-probs and statistics of the same rows, through the partials. A label or row out of range gives NaN, padding 0.
+int statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
+               const Options& options, const Stats& stats, Partial* partials, Queue queue);
+
+// out (S,) or (N,) from logp (N,), each step's predictions in a fixed order. step_ids null: no step can be out of range.
+int reduce_steps(const float* logp, const int64_t* step_ids, const int64_t* step_order, const int64_t* step_start,
+                 int64_t N, int64_t S, int reduction, float* out, Queue queue);
+
+// g (N,): upstreams with equal (row, label) merged into the first, 0 elsewhere; G (R,) their sums per row.
+int row_grads(const Plan& plan, const Upstream& upstream, float* g, float* G, Queue queue);
+
+// What `gradient` needs of plan rows first_row ... + count: factors (R,), targets (N,) and, unless null, owner (rows of
+// the source,). upstream null: the gradient is U = J (onehot(l*) - softmax(z)).
+int row_targets(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
+                const Options& options, const Stats& stats, const Upstream* upstream, float* factors, float* targets,
+                int64_t* owner, Queue queue);
+
+// Every row of `target` from the row of `source` of the same index, in place too; zeros where nothing is scored. owner:
+// the plan row of each, or -1; null: row i belongs to plan row first_row + i.
+int gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row, const int64_t* owner,
+             const Options& options, const float* row_max, const float* factors, const float* targets, int64_t V,
+             Queue queue);
+
+}  // namespace rows
