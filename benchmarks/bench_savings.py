@@ -16,6 +16,7 @@ from .trees import GAP, data_folder, deep_tree, real_trees
 TARGETS = {  # saved against pairwise and against each distinct sequence once, as factors: 80 % less is 5 times fewer
     "tokens": (80, 45),
     "tiny 768 x 4, dense mask": (70, 25),
+    "Qwen2.5-0.5B, dense mask": (70, 25),  # the smallest model that people train on steps
     "Llama-3-8B, dense mask": (76, 40),
     "Llama-3-8B, exact attention": (79, 47),
 }
@@ -40,7 +41,7 @@ def test_real_trees(record) -> None:
         tokens = batch.input_ids.shape[1], batch.pairwise_tokens, batch.distinct_tokens
         target = TARGETS["tokens"] if len(own) == 3 else None
         record.again(saved(f"{name}, tokens", "tokens", *tokens, target))
-    for shape in ("tiny 768 x 4", "Llama-3-8B", "Qwen2.5-7B"):
+    for shape in ("tiny 768 x 4", "Qwen2.5-0.5B", "Llama-3-8B", "Qwen2.5-7B"):
         size = sk.choose_max_tokens(trees, pairs, config(shape))
         dense = sk.count_flops(config(shape), sk.pack_trees(trees, pairs, max_tokens=size))
         exact = sk.count_flops(config(shape), one_pack(trees, pairs), "exact")

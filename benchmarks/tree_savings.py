@@ -18,6 +18,8 @@ SHAPES = {
                          num_attention_heads=4),
     "tiny 768 x 4": dict(vocab_size=2000, hidden_size=768, intermediate_size=2064, num_hidden_layers=4,
                          num_attention_heads=12),
+    "Qwen2.5-0.5B": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
     "Llama-3-8B": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                        num_attention_heads=32, num_key_value_heads=8),
     "Qwen2.5-7B": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
