@@ -1,41 +1,15 @@
-// The Python module `_C`: one line per op of api.h. Pointers come as integers (tensor.data_ptr()).
+// The Python module `_C`: one line per SVPO_CPU_OP of api.h.
 #include <atomic>
-#include <stdexcept>
-#include <string>
 
-#include <pybind11/pybind11.h>
-
-#include "api.h"
+#include "bindings.h"
 #include "runtime.h"
 
-namespace py = pybind11;
+using namespace svpo;
 
 namespace {
 
 const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
 std::atomic<int> isa{-1};
-
-// A pointer argument is an integer on the Python side, everything else is itself.
-template <class T>
-struct Argument {
-  using type = T;
-  static T get(T value) { return value; }
-};
-template <class T>
-struct Argument<T*> {
-  using type = uintptr_t;
-  static T* get(uintptr_t value) { return reinterpret_cast<T*>(value); }
-};
-
-void raise_status(const char* name, int status) {
-  const std::string op(name);
-  if (status == SVPO_BAD_DTYPE) throw std::invalid_argument(op + ": dtype must be fp32, bf16 or fp16");
-  if (status == SVPO_NO_MEMORY) throw std::bad_alloc();
-  // The backend file knows the argument and says more.
-  if (status == SVPO_BAD_INDEX) throw py::index_error(op + ": an index is out of range");
-  if (status == SVPO_BAD_VALUE) throw py::value_error(op + ": a value is out of range");
-  if (status != SVPO_OK) throw std::runtime_error(op + ": unknown native status " + std::to_string(status));
-}
 
 template <class... A>
 void bind(py::module_& m, const char* name, int (*portable)(A...), int (*avx2)(A...), int (*avx512)(A...)) {

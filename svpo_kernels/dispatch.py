@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._checks import describe, fail
 
 FILES = {"reference": "reference", "cpu": "cpu", "triton": "triton_", "cuda": "cuda"}
@@ -104,11 +105,15 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     """None when `backend` can run `op` on this device and dtype, else the reason."""
     if backend == "reference":
         return None
-    if backend not in ORDER.get(device.type, ()):
-        homes = [kind for kind, order in ORDER.items() if backend in order]
-        return f"it runs on {' and '.join(homes)} tensors, these are on {device.type}"
     module = load(op, backend)
-    return f"{op} has no {backend} kernel in this version" if module is None else module.supports(op, device, dtype)
+    if module is None:
+        return f"it has no {backend} kernel in this version"
+    if backend in ORDER.get(device.type, ()):
+        return module.supports(op, device, dtype)
+    homes = [kind for kind, order in ORDER.items() if backend in order]
+    reason = f"it runs on {' and '.join(homes)} tensors, these are on {device.type}"
+    # Moving the tensors would not be enough: say so at once.
+    return f"{reason}, and {here}" if backend == "cuda" and (here := _native.cuda_reason()) else reason
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from rich.table import Table
 
 import svpo_kernels
 
+from .. import _native
+
 PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "peft", "trl", "safetensors", "tokenizers",
             "typer", "rich", "matplotlib", "deepspeed")
 
@@ -29,17 +31,30 @@ def versions() -> list[tuple[str, str]]:
 
 
 def devices() -> list[tuple[str, str]]:
-    """(device, what it is): the CPU with torch's threads and instruction sets, and every CUDA device."""
+    """(device, what it is): the CPU with torch's threads and instruction sets, CUDA devices, our CUDA kernels."""
     kind = platform.processor() or platform.machine()
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     found = [("cpu", f"{kind}, {threads}, {torch.backends.cpu.get_cpu_capability()}")]
     if not torch.cuda.is_available():
         why = "torch is built without CUDA" if torch.version.cuda is None else "no device or no driver was found"
-        return [*found, ("cuda", f"not usable: {why}")]
+        return [*found, ("cuda", f"not usable: {why}"), ("CUDA kernels", cuda_kernels())]
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        found.append((f"cuda:{index}", f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory >> 20} MiB"))
-    return found
+        reason = _native.cuda_reason(torch.device("cuda", index))
+        found.append((f"cuda:{index}", f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory >> 20} MiB, CUDA "
+                      f"kernels {f'not usable: {reason}' if reason else 'usable'}"))
+    return [*found, ("CUDA kernels", cuda_kernels())]
+
+
+def cuda_kernels() -> str:
+    """What `_C_cuda` was built with and for, and the driver it finds; or why there is none."""
+    try:
+        module = _native.cuda()
+    except ImportError as error:
+        return str(error)
+    driver = module.driver_version()
+    found = f"a driver for CUDA {_native.version(driver)}, {module.device_count()} devices" if driver else "no driver"
+    return f"built with nvcc {module.toolkit} for {module.archs}; {found}"
 
 
 def show(console: Console) -> None:
@@ -58,7 +73,7 @@ def show(console: Console) -> None:
         table.add_row(op, entry["auto"], ", ".join(name for name, answer in answers.items() if answer == "usable"))
         for name, answer in answers.items():
             if answer != "usable":
-                reasons.setdefault((name, answer.replace(op, "the op")), []).append(op)
+                reasons.setdefault((name, answer), []).append(op)
     console.print(table)
     for (name, reason), ops in reasons.items():
         which = "every op" if len(ops) == len(report) else ", ".join(ops)
