@@ -99,6 +99,22 @@ ROW_WARPS = 4
 STEP_BLOCK, STEP_WARPS = 128, 1  # predictions of a step summed at a time: most steps have fewer than 128 tokens
 FEATURES = Span(1024, 4)  # columns of D at a time: 8 a thread are one 16-byte load for 16-bit weights
 
+# svpo_loss: pairs and steps of one tile of comparisons, a pair a thread. With fewer pairs than threads Triton computes
+# the fp64 losses of a pair in every thread that compares it: 64 x 64 took 255 registers and spilled 1.4 kB.
+PAIR_TILE, STEP_TILE, LOSS_WARPS = 128, 32, 4
+# Left to itself ptxas trims 100-158 registers to 64-128 for programs that nobody waits for, and spills 4-20 bytes.
+LOSS_REGISTERS = 168
+LOSS_LANES = 256  # pairs, steps or labels that the program of the sums takes at a time: two gathers a thread in flight
+SLOPES = Span(512, 4)  # steps of one program of the backward: 4 a thread
+
+# Process reward heads: 8 columns a thread, so that a row of D <= 4096 is one round trip to memory, not four.
+HEAD = Span(4096, 16)
+# The gradient of a head's rows: steps x columns of a tile (32 x 128 took 254 registers, this 116), and the steps that
+# one program sums. More are summed in parts, in order: 2000 steps at D = 4096 make 1024 programs of 4 tiles each.
+HEAD_STEPS, HEAD_COLUMNS, HEAD_PART, HEAD_WARPS = 32, 64, 128, 8
+SWEEP = 512  # steps that are looked through at a time for equal positions: one a thread of HEAD
+SEQUENCE, SEQUENCE_WARPS = 128, 1  # scores of a sequence at a time: most have fewer steps
+
 
 def span(V: int, mode: int) -> Span:
     """The span of a row kernel, by V and mode alone: sums are grouped by span, so results do not depend on R."""
@@ -171,6 +187,39 @@ def tanh_slope(z0, inverse_high, inverse_low):
 def log1p_(w):
     """log(1 + w) in fp64, w >= 0."""
     return tl.where(w < 1e-4, w * (1.0 - w * (0.5 - w * (1.0 / 3.0))), tl.log(1.0 + w))
+
+
+@helper
+def count_known(x, size, LANES: tl.constexpr):
+    """How many of x (size,) are not NaN."""
+    found = tl.zeros([LANES], tl.int32)
+    for start in range(0, size, LANES):
+        at = start + tl.arange(0, LANES)
+        value = tl.load(x + at, mask=at < size, other=float("nan"))
+        found += (value == value).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@helper
+def sigmoid_(x):
+    """1 / (1 + exp(-x)) in fp64, exact at both ends."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@helper
+def logistic_loss(x, e):
+    """-(1 - e) logsigmoid(x) - e logsigmoid(-x) and its slope in x, in fp64. A side of weight 0 meets no infinity."""
+    small = tl.exp(-tl.abs(x))
+    both = log1p_(small)
+    high = 1.0 / (1.0 + small)
+    low = small * high
+    here = tl.where(x < 0.0, both - x, both)
+    there = tl.where(x < 0.0, both, both + x)
+    p = tl.where(x < 0.0, low, high)
+    q = tl.where(x < 0.0, high, low)
+    value = tl.where(e == 0.0, here, tl.where(e == 1.0, there, (1.0 - e) * here + e * there))
+    return value, e * p - (1.0 - e) * q
 
 
 @helper
