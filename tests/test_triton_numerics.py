@@ -42,9 +42,27 @@ def test_linear_step_logps_in_the_interpreter() -> None:
     assert passed(interpret("test_linear_step_logps.py", "-k", chosen)) >= 90
 
 
+def test_svpo_loss_in_the_interpreter() -> None:
+    """Every case; thousands of pairs once, for their terms and gradients."""
+    assert passed(interpret("test_svpo_loss.py", "-k", "triton and not (many and metrics) and not bitwise")) >= 63
+
+
+def test_prm_ops_in_the_interpreter() -> None:
+    """Every case but the slowest: a program a step is 50 ms here."""
+    assert passed(interpret("test_prm.py", "-k", "triton and not (many and loss) and not bitwise")) >= 90
+
+
+def test_aggregates_and_raw_ops_in_the_interpreter() -> None:
+    """Hundreds of sequences in fp32 only; the raw ops, autocast and bad values as everywhere."""
+    files = ("test_aggregate.py", "test_small_ops.py", "test_small_ops_bad_input.py")
+    chosen = "triton and not (300 and (dtype1 or dtype2))"
+    assert passed(interpret(*files, "-k", chosen)) >= 140
+
+
 def test_traffic() -> None:
+    """Bytes against their minimum; what does not exist is neither read nor written."""
     output = interpret("triton_traffic.py", "-s")
-    assert passed(output) == 3
+    assert passed(output) == 53
     print("\n".join(line for line in output.splitlines() if line.startswith("traffic")))
 
 

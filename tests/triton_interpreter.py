@@ -1,4 +1,4 @@
-"""A pytest plugin: the tests of the row ops on the Triton backend, in Triton's interpreter.
+"""A pytest plugin: the tests of the ops on the Triton backend, in Triton's interpreter.
 
 Loaded with `-p triton_interpreter` in a process of its own (tests/test_triton_numerics.py), where TRITON_INTERPRET=1
 turns every kernel into a Python function over numpy arrays. Two things are put right there:
