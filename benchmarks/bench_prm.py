@@ -1,46 +1,49 @@
-"""PRM scores from two rows of the lm_head at the step ends, against full logits and against gathered rows."""
+"""PRM scores at the step ends: random rows, and 8 responses a problem of best_of_8.jsonl (made ones without it)."""
 
 from __future__ import annotations
 
-import torch
+import json
 
-import svpo_kernels as sk
+import pytest
 
-from .race import check_same, race
+from svpo_kernels.bench import prm
 
-T, D, V, S = 512, 1024, 128256, 32
-GOOD, BAD = 10, 12
+from .trees import data_folder, tokenizers_
+
+FAMILY = "prm"
+SEPARATOR = "\n\n"
 
 
-@torch.no_grad()
-def test_scores_from_lm_head(record) -> None:
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(T, D), torch.randn(V, D) / D**0.5
-    positions = torch.sort(torch.randperm(T)[:S]).values
+def test_race(record, rates, case) -> None:
+    record(prm.run(case, rates))
 
-    def full_logits():
-        return (hidden @ weight.t())[positions][:, [GOOD, BAD]].softmax(-1)[:, 0]
 
-    def gathered():
-        return (hidden[positions] @ weight[[GOOD, BAD]].t()).softmax(-1)[:, 0]
+@pytest.mark.skipif(not data_folder().is_dir(), reason="the real samples are not here; set SVPO_DATA to their folder")
+def test_best_of_8(record, rates, scale: str) -> None:
+    record(prm.run(best_of_8(problems=4 if scale == "cpu" else 1), rates))
 
-    def ours():
-        return sk.prm_scores_from_lm_head(hidden, positions, weight, GOOD, BAD)
 
-    for function in (ours, gathered):
-        check_same([full_logits()], [function()], rtol=1e-4, atol=1e-6)
+def best_of_8(problems: int) -> prm.Responses:
+    """The first problems of the file; a step ends where a blank line does, found by character offset."""
+    rows = [json.loads(line) for line in (data_folder() / "best_of_8.jsonl").read_text().splitlines()[:problems]]
+    texts = [row["question"] + SEPARATOR + code for row in rows for code in row["code"]]
+    tokenizer = tokenizers_.qwen(texts)
+    ids, ends = [], []
+    starts = [len(row["question"]) + len(SEPARATOR) for row in rows for _ in row["code"]]
+    for text, start in zip(texts, starts, strict=True):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids.append(encoded["input_ids"])
+        ends.append(step_ends(text, start, encoded["offset_mapping"]))
+    return prm.Responses(ids, ends, f"{problems} problems of best_of_8.jsonl")
 
-    def repeat(function):
-        def run():
-            for _ in range(200):
-                function()
 
-        return run
-
-    case = f"prm_scores_from_lm_head, {S} steps of {T} tokens, head ({V}, {D}), float32"
-    once = {"ours": ours, "eager, full logits": full_logits}
-    record(race(case, once, ours="ours", targets={"eager, full logits": ">= 100"}), ours)
-    often = {"ours": repeat(ours), "eager, gathered rows and two columns": repeat(gathered)}
-    record.again(
-        race(f"{case}, 200 times", often, ours="ours", targets={"eager, gathered rows and two columns": ">= 1.3"})
-    )
+def step_ends(text: str, start: int, offsets: list[tuple[int, int]]) -> list[int]:
+    """Index of the token that holds the last character of every step."""
+    found, at = [], start
+    while at < len(text):
+        cut = text.find(SEPARATOR, at)
+        end = len(text) if cut < 0 else cut
+        if text[at:end].strip():
+            found.append(next(i for i, (a, b) in enumerate(offsets) if a < end <= b))
+        at = end + len(SEPARATOR)
+    return list(dict.fromkeys(found))

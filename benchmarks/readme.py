@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from svpo_kernels.bench.race import Result
+from svpo_kernels.bench.results import losses
+from svpo_kernels.bench.trees import SAVINGS
+
 ROOT = Path(__file__).resolve().parents[1]
-SAVED = ("tokens", "FLOPs")
+RESULTS = "benchmarks/results"
 
 
 def figure(value: float, unit: str) -> str:
-    if unit in SAVED:
+    if unit in ("tokens", "FLOPs"):
         return f"{value:,.0f}" if value < 1e9 else f"{value:.3g}"
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
@@ -30,34 +34,37 @@ def promise(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def measured(about: dict[str, str], results: list[dict[str, Any]]) -> list[str]:
-    """One row per race: ours, then every other variant with its ratio and, in brackets, the ratio to be reached."""
+def measured(about: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    """One row per headline: ours, then every other variant with its ratio and, in brackets, the ratio to be reached."""
+    races = [Result.from_row(row) for row in results if row["unit"] == "ms"]
+    behind = {case for case, _, _ in losses(races)}
     lines = [
         f"{about['device']}, Python {about['python']}, torch {about['torch']}, {about['date']}. Medians of interleaved "
-        "runs in one process; every answer is checked first. In brackets: what was to be reached.",
+        "runs in one process; every answer is checked first. A peer's ratio is theirs / ours: above 1 we are ahead. A "
+        "floor's is ours / floor: 1 is the limit. In brackets: what was to be reached. A peer is ahead in "
+        f"{len(behind)} of {len(races)} races; all of them, spread, memory and plots: `{RESULTS}/`.",
         "",
         "| case | ours | against |",
         "| --- | --- | --- |",
     ]
-    for result in results:
+    for result in (Result.from_row(row) for row in results if row["headline"]):
         others = []
-        for name, value in result["medians"].items():
-            if name == result["ours"]:
+        for name, value in result.medians.items():
+            if name == result.ours:
                 continue
-            target = result["targets"].get(name)
-            ratio = result["ratios"][name]
-            goal = f" ({target})" if target else ""
-            others.append(f"{name} {figure(value, result['unit'])}: {ratio:.2f}x{goal}")
-        ours = f"{figure(result['medians'][result['ours']], result['unit'])} {result['unit']}"
-        lines.append(f"| {result['case']} | {ours} | {'; '.join(others)} |")
+            kind = "floor, " if name in result.floors else ""
+            goal = f" ({result.targets[name]})" if name in result.targets else ""
+            others.append(f"{kind}{name} {figure(value, result.unit)}: {result.ratio(name):.2f}x{goal}")
+        ours = f"{figure(result.medians[result.ours], result.unit)} {result.unit}"
+        lines.append(f"| {result.case} | {ours} | {'; '.join(others)} |")
     return lines
 
 
 def render(readme: str, data: dict[str, Any]) -> str:
     """The README with the text between its markers made new."""
     blocks = {
-        "promise": promise([r for r in data["results"] if r["unit"] in SAVED]),
-        "benchmarks": measured(data, [r for r in data["results"] if r["unit"] not in SAVED]),
+        "promise": promise([r for r in data["results"] if r["family"] == SAVINGS]),
+        "benchmarks": measured(data, data["results"]),
     }
     for name, lines in blocks.items():
         body = "\n".join([f"<!-- {name}:begin -->", *lines, f"<!-- {name}:end -->"])

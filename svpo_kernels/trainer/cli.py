@@ -144,6 +144,43 @@ def demo(
         run_demo(output_dir, quick=quick, steps=steps, seed=seed)
 
 
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Only the adopter's question: the log-prob lines of a trainer "
+                                        "replaced, Qwen2.5-7B's head, under two minutes.")] = False,
+    ops: Annotated[str | None, typer.Option(help="Families, with commas between: linear_step_logps, step_logps, "
+                                            "svpo_loss, prm, tree_shapes, trees, training. Default: all.")] = None,
+    scale: Annotated[str, typer.Option(help="Sizes: auto, cpu, gpu, or tiny (a smoke test).")] = "auto",
+    output_dir: Annotated[Path, typer.Option(help="Where table, JSON and plots go.")] = Path("svpo-bench"),
+    compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="Ratios against an older run; exit code 3 "
+                                                 "when a case is worse by more than the noise.")] = None,
+    against: Annotated[Path | None, typer.Option("--with", metavar="NEW.json", help="With --compare: compare this file "
+                                                 "and run nothing.")] = None,
+    noise: Annotated[float | None, typer.Option(help="What --compare allows; default 0.15 (0.005 for "
+                                                "--instructions).")] = None,
+    instructions: Annotated[bool, typer.Option("--instructions", help="Count the instructions of the CPU kernels "
+                                               "(callgrind) instead: no load changes them.")] = False,
+) -> None:
+    """Race every op against the strongest peers that are installed, with the floor of this machine beside each figure.
+
+    Every answer is checked before it is timed, values and gradients; a peer that is absent or wrong is named. Leaves
+    results.json, results.md and plots, and ends in the list of cases in which a peer wins.
+
+    \b
+        svpo bench --quick
+        svpo bench --ops step_logps,prm
+        svpo bench --compare svpo-bench-old/results.json
+        svpo bench --instructions --compare instructions.json
+    """
+    from ..bench.command import run_command
+
+    with errors_in_one_line():
+        code = run_command(quick=quick, ops=ops, scale=scale, output_dir=output_dir, old=compare, new=against,
+                           noise=noise, instructions=instructions)
+        if code:
+            raise typer.Exit(code)
+
+
 class errors_in_one_line:
     """Errors of settings and data end the program with their message; all others keep their traceback."""
 

@@ -1,0 +1,209 @@
+"""Whole training steps on step trees, four ways: TRL's DPOTrainer, and our trainer on pairs, distinct, packed.
+
+All four train the same pairs with the same loss, optimizer and starting weights, all pairs a step, so that their loss
+curves lie on each other; `run` raises when they do not. TRL is at its best setting: reference log-probs computed once
+beforehand, as ours are, and its fused head. It gets token ids, so that every way trains the same sequences.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import svpo_kernels as sk
+
+from ..flops import model_cost
+from .machine import Rates, installed
+from .prm import make_model
+from .race import Result, peak_memory
+from .trees import TreeShape, build
+
+FAMILY = "training"
+TRL, PAIRS, ONCE, PACKED = "TRL DPOTrainer", "ours, pairs", "ours, distinct", "ours, packed trees"
+WAYS = {PAIRS: "pairs", ONCE: "distinct", PACKED: "tree"}
+BATCH = 8  # pairs of a padded batch, TRL's default
+SETTINGS = dict(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, seed=0,
+                save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, use_cpu=True, bf16=False)
+AGREE = 1e-3  # of the loss, absolute: a rounding error of 1e-6 grows by the learning rate over the steps
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """Trees with their pairs, trained for some optimizer steps over all of the pairs."""
+
+    name: str
+    trees: list[sk.StepTree]
+    pairs: list[Any]
+    steps: int = 4
+    headline: bool = False
+    hidden: int = 128
+    vocab: int = 2000
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Ran:
+    """What one way left: loss of every step, seconds of every step, and what it ran, padding counted."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    flops: int = 0
+    mebibytes: float = 0.0
+
+
+def cases(scale: str) -> list[TrainingCase]:
+    if scale == "tiny":
+        return [whole(TrainingCase("a tree of depth 2, 2 children", *build(TreeShape(2, 2, (4, 8), 10)), steps=2,
+                                   hidden=32))]
+    shapes = [TreeShape(3, 4, (8, 24), 50), TreeShape(4, 2, (20, 40), 50), TreeShape(1, 8, (60, 120), 100)]
+    return [whole(TrainingCase(str(shape), *build(shape))) for shape in shapes]
+
+
+def whole(case: TrainingCase) -> TrainingCase:
+    """The case with as many of its pairs as fill TRL's batches: it averages over batches, whatever is in them."""
+    P = sum(map(len, case.pairs))
+    rest = P % BATCH if P > BATCH else 0
+    pairs = [np.asarray(own).reshape(-1, 2) for own in case.pairs]
+    for t in sorted(range(len(pairs)), key=lambda t: -len(pairs[t])):
+        drop = min(rest, len(pairs[t]))
+        pairs[t], rest = pairs[t][: len(pairs[t]) - drop], rest - drop
+    return TrainingCase(case.name, case.trees, pairs, case.steps, case.headline, case.hidden,
+                        case.vocab)
+
+
+def run(case: TrainingCase, rates: Rates, **_: Any) -> Iterator[Result]:
+    """Seconds and memory of an optimizer step, then tokens and FLOPs, of every way."""
+    found: dict[str, Ran] = {}
+    skipped = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if installed("trl") and installed("datasets"):
+            found[TRL] = run_trl(case, Path(folder))
+        else:
+            skipped[TRL] = "trl or datasets is not installed"
+        for name, packing in WAYS.items():
+            found[name] = run_ours(case, packing, Path(folder))
+    curves = {name: ran.losses for name, ran in found.items()}
+    apart = max(abs(a - b) for own in curves.values() for a, b in zip(own, curves[PACKED], strict=True))
+    if not apart <= AGREE:
+        raise AssertionError(f"{FAMILY}: {case}: the losses differ by {apart:.2e}: {curves}")
+    P = sum(map(len, case.pairs))
+    about = dict(family=FAMILY, skipped=skipped, note=f"{P} pairs a step, Llama {case.hidden} x 2, V {case.vocab}; "
+                 f"losses of {case.steps} steps differ by {apart:.1e} at most")
+    names = list(found)
+    medians = {name: 1e3 * statistics.median(found[name].seconds) for name in names}
+    spread = {name: float(np.subtract(*np.percentile(found[name].seconds, [75, 25]))) * 1e3 / medians[name]
+              for name in names}
+    step = f"training step, {case}"
+    yield Result(step, PACKED, "ms", medians, spread, curves=curves, headline=case.headline,
+                 memory={name: found[name].mebibytes for name in names}, **about)
+    yield Result(f"{step}, tokens with padding", PACKED, "tokens", {n: found[n].tokens for n in names}, **about)
+    yield Result(f"{step}, FLOPs as run", PACKED, "FLOPs", {n: found[n].flops for n in names}, **about)
+
+
+def steps_of(ran: Ran) -> Any:
+    """A callback that keeps the seconds and the loss of every optimizer step."""
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ran.seconds.append(time.perf_counter() - self.began)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                ran.losses.append(float(logs["loss"]))
+
+    return Steps()
+
+
+def run_ours(case: TrainingCase, packing: str, folder: Path) -> Ran:
+    """Our trainer. Padded batches hold what TRL's do: eight pairs of the longest sequences."""
+    from ..trainer import StepModel, SVPOTrainer, TrainData, load_config
+    from ..trainer.run import quiet
+
+    quiet()
+    longest = max(tree.length[i] for tree, own in zip(case.trees, case.pairs, strict=True) for i in np.unique(own))
+    P = sum(map(len, case.pairs))
+    config = load_config(None, output_dir=str(folder / packing), preset="step_dpo", beta=0.1, packing=packing,
+                         max_tokens="auto" if packing == "tree" else str(2 * BATCH * longest), pairs_per_step=P,
+                         max_steps=case.steps, **SETTINGS)
+    ran = Ran()
+    model = StepModel(make_model(case.vocab, case.hidden), value_head=False)
+    trainer = SVPOTrainer(model, config, TrainData(list(case.trees), list(case.pairs)), callbacks=[steps_of(ran)])
+    _quieten(trainer)
+    ran.mebibytes, _ = peak_memory(trainer.train)
+    cost = model_cost(model.config)
+    for pack in trainer.planner.packs(0, 0):
+        batch = pack["batch"]
+        B, L = batch.input_ids.shape
+        ran.tokens += B * L
+        ran.flops += cost.training(B * L, batch.plan.rows.shape[0], {None: B * L * L})
+    return ran
+
+
+def run_trl(case: TrainingCase, folder: Path) -> Ran:
+    """TRL's own trainer on pairs, handed token ids: no tokenizer stands between the two."""
+    import trl
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+
+    class OnIds(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    rows = []
+    for tree, own in zip(case.trees, case.pairs, strict=True):
+        for chosen, rejected in own.tolist():
+            start = min(tree.start[chosen], tree.start[rejected])
+            c, r = (list(map(int, tree.path(i))) for i in (chosen, rejected))
+            rows.append({"prompt_ids": c[:start], "chosen_ids": c[start:], "rejected_ids": r[start:]})
+    batch = min(BATCH, len(rows))
+    arguments = trl.DPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_length=None, beta=0.1,
+        gradient_accumulation_steps=len(rows) // batch, max_steps=case.steps, precompute_ref_log_probs=True,
+        gradient_checkpointing=False, **SETTINGS)
+    ran = Ran()
+    model = make_model(case.vocab, case.hidden)
+    trainer = OnIds(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(),
+                    callbacks=[steps_of(ran)])
+    _quieten(trainer)
+    cost = model_cost(model.config)
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        B, L = kwargs["input_ids"].shape
+        ran.tokens += B * L
+        ran.flops += cost.training(B * L, B * (L - 1), {None: B * L * L})  # without Triton its head runs over all rows
+
+    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    ran.mebibytes, _ = peak_memory(trainer.train)
+    hook.remove()
+    ran.tokens, ran.flops = ran.tokens // case.steps, ran.flops // case.steps
+    return ran
+
+
+def _quieten(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _tokenizer() -> Any:
+    """TRL asks for one; the ids are there already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, "<pad>")),
+                                   pad_token="<pad>", eos_token="<eos>")
