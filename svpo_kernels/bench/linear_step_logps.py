@@ -27,7 +27,7 @@ QUICK = {
 }
 BASE = {
     "tiny": HeadShape(64, 32, 1000, 0.25),
-    "cpu": HeadShape(512, 512, 65536, 0.25),
+    "cpu": HeadShape(256, 512, 65536, 0.25),
     "gpu": HeadShape(8192, 4096, 128256, 0.25, dtype=torch.bfloat16, device="cuda"),
 }
 SHARES = (0.05, 0.25, 0.5, 1.0)
@@ -45,10 +45,11 @@ def quick(scale: str) -> list[HeadShape]:
 def sweep(scale: str) -> dict[str, list[HeadShape]]:
     """axis of a plot -> shapes along it: T and V in halvings, f, one thing at a time."""
     base = BASE[scale]
+    factors, shares = ((0.25, 0.5, 1, 2), SHARES) if scale != "tiny" else ((0.5, 1), SHARES[1:3])
     return {
-        "T": [replace(base, T=base.T * 2**k // 4) for k in range(4)],
-        "V": [replace(base, V=base.V * 2**k // 4) for k in range(4)],
-        "f": [replace(base, f=f) for f in SHARES],
+        "T": [replace(base, T=int(base.T * factor)) for factor in factors],
+        "V": [replace(base, V=int(base.V * factor)) for factor in factors],
+        "f": [replace(base, f=f) for f in shares],
     }
 
 
@@ -131,7 +132,7 @@ def promised(shape: HeadShape, rates: Rates) -> Result:
     variants, memory, errors = _checked(inputs, functions, {})
     variants["bare products"] = products(inputs)
     variants["bare products"]()
-    return race(f"{FAMILY} forward + backward, {shape}", variants, ours=OURS, rounds=7, seconds=60, warm=True,
+    return race(f"{FAMILY} forward + backward, {shape}", variants, ours=OURS, rounds=7, seconds=20, warm=True,
                 targets=TARGETS[shape.trainable] if shape.f == 0.25 else {}, floors=["bare products"], family=FAMILY,
                 work=vars(shape.work), floor_ms=rates.floor_ms(shape.work), memory=memory, errors=errors,
                 headline=True)

@@ -120,7 +120,7 @@ def race(
     device: str | torch.device = "cpu",
     **about: Any,
 ) -> Result:
-    """Times the variants in turn: `rounds` rounds, fewer (at least 3) when they would take longer than `seconds`.
+    """Times the variants in turn: `rounds` rounds, fewer (but 3 of them) when they would take longer than `seconds`.
 
     warm: every variant has run already, when its answer was checked. about: further fields of the Result.
     """
@@ -163,7 +163,6 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu")
     On the CPU the resident set, sampled, after the heap has given back what earlier variants left; on CUDA the
     allocator's own peak.
     """
-    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -66,7 +66,7 @@ def cases(scale: str) -> list[TrainingCase]:
         return [whole(TrainingCase("a tree of depth 2, 2 children", *build(TreeShape(2, 2, (4, 8), 10)), steps=2,
                                    hidden=32))]
     shapes = [TreeShape(3, 4, (8, 24), 50), TreeShape(4, 2, (20, 40), 50), TreeShape(1, 8, (60, 120), 100)]
-    return [whole(TrainingCase(str(shape), *build(shape))) for shape in shapes]
+    return [whole(TrainingCase(str(shape), *build(shape), steps=6)) for shape in shapes]
 
 
 def whole(case: TrainingCase) -> TrainingCase:
