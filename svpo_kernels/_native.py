@@ -122,23 +122,25 @@ def arch_reason(archs: str, capability: int, runtime: int, driver: int) -> str |
     Machine code runs on its own major version from its own minor version on; PTX on every later device, when the driver
     is as new as the compiler that wrote it.
     """
-    built = re.findall(r"(\d+)([af]?)(\+PTX)?", archs)
+    text = f"{capability // 10}.{capability % 10}"
+    if capability < 80:
+        return f"it needs compute capability 8.0 (bf16), this device has {text if capability else 'none that it tells'}"
+    built = [(int(number), suffix, bool(ptx)) for number, suffix, ptx in re.findall(r"(\d+)([af]?)(\+PTX)?", archs)]
     for number, suffix, _ in built:
-        same_major = int(number) // 10 == capability // 10 and int(number) <= capability
-        if int(number) == capability or same_major and suffix != "a" and capability not in TEGRA:
+        same_major = number // 10 == capability // 10 and number <= capability
+        if number == capability or same_major and suffix != "a" and capability not in TEGRA:
             return None
-    too_new = [number for number, suffix, ptx in built if ptx and not suffix and int(number) <= capability]
-    if too_new and driver >= runtime:
-        return None
-    if too_new:
+    if not any(ptx and not suffix and number <= capability for number, suffix, ptx in built):
+        return (f"no code for sm_{capability} in this build (it has {archs}); "
+                f'run: TORCH_CUDA_ARCH_LIST="{text}" SVPO_CUDA=1 pip install .')
+    if driver < runtime:
         return (f"no machine code for sm_{capability} in this build (it has {archs}), and its PTX needs a driver for "
                 f"CUDA {version(runtime)}, this one knows {version(driver)}")
-    text = f"{capability // 10}.{capability % 10}"
-    return (f"no code for sm_{capability} in this build (it has {archs}); "
-            f'run: TORCH_CUDA_ARCH_LIST="{text}" SVPO_CUDA=1 pip install .')
+    return None
 
 
 def version(number: int) -> str:
+    """The "12.9" of 12090."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
