@@ -9,6 +9,7 @@ An update touches only the toolkit and the architectures that the module was bui
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -43,7 +44,7 @@ def cuobjdump() -> str | None:
     """The disassembler: of the toolkit, on PATH, or the one that Triton ships."""
     folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    triton = _native.importlib.util.find_spec("triton")
+    triton = importlib.util.find_spec("triton")
     if triton is not None:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
