@@ -164,4 +164,30 @@ SVPO_CPU_OP(branch_weight, void* dweight, float* dbias, const void* h, int dtype
             int64_t stride_dw, int64_t stride_h, const int64_t* row_start, const int64_t* labels,
             const float* coefficients, int64_t R, int64_t N, int threads);
 
+// On CUDA. label_dots, reduce_steps and row_grads as above; a step id out of range gives NaN.
+SVPO_CUDA_OP(label_dots, const void* h, const void* weight, const void* bias, int dtype, int64_t D, int64_t stride_h,
+             int64_t stride_w, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+             const int64_t* first, int64_t R, int64_t N, int64_t vocab_size, float* label_z0);
+SVPO_CUDA_OP(reduce_steps, const float* logp, const int64_t* step_ids, const int64_t* step_order,
+             const int64_t* step_start, int64_t N, int64_t S, int reduction, float* out);
+SVPO_CUDA_OP(row_grads, const float* grad_out, const int64_t* rows, const int64_t* row_start, const int64_t* first,
+             const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S, int reduction,
+             float* g, float* G);
+
+// As above. scratch: 8 bytes for each of (vocab_size / 4096 + 2) * (last_row - first_row) panels, 4 for each of R and N.
+SVPO_CUDA_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
+             const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
+             int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap, float* logp,
+             float* row_max, float* row_logsum, int unit, int unit_only, void* scratch, int64_t scratch_bytes);
+
+SVPO_CUDA_OP(branch_hidden, const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw,
+             int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* row_start, const int64_t* labels,
+             const float* terms, const float* G);
+
+// As above, for terms sorted: keys (N,) ascend, V where there is no term; term i is coefficients[order[i]] h[row_of[order[i]]]
+// and goes to row keys[i].
+SVPO_CUDA_OP(branch_weight, void* dweight, float* dbias, const void* h, int dtype_w, int dtype, int64_t V, int64_t D,
+             int64_t stride_dw, int64_t stride_h, const int64_t* keys, const int64_t* order, const int64_t* row_of,
+             const float* coefficients, int64_t N);
+
 }  // extern "C"

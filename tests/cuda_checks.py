@@ -9,8 +9,6 @@ import ctypes
 import mmap
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -47,16 +45,6 @@ def test_the_emulation_finds_faults(schedule: str) -> None:
         assert library.svpo_fault(fault, ctypes.c_void_p(torch.zeros(64).data_ptr())) == 5, name
         why = library.svpo_cuda_last_error().decode()
         assert why.startswith("fault: ") and re.search(message, why), f"{name}: {why}"
-
-
-def test_the_sanitizer_sees_the_tensors() -> None:
-    """One element past a tensor ends the process."""
-    code = (
-        "import ctypes, os, torch; data = torch.zeros(64);"
-        "ctypes.CDLL(os.environ['SVPO_EMULATION_FAULTS']).svpo_fault(11, ctypes.c_void_p(data.data_ptr()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr and "faults.cu" in done.stderr, done.stderr
 
 
 def outputs(logits, plan, upstream, case, backend="cuda"):

@@ -81,6 +81,7 @@ def environment(library: Path) -> dict[str, str]:
         # Python's own leaks are not ours; the emulation announces no fake stacks to its fibres.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -23,24 +23,51 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment(**cuda_emulator.environment(library), SVPO_EMULATION_FAULTS=str(faults))
 
 
-def emulate(env: dict[str, str], *arguments: str) -> int:
-    """Runs tests with the plugin; how many passed, none failed or skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, env=env, cwd=TESTS, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
-    summary = done.stdout.splitlines()[-1]
-    print(f"emulated: {summary}")
-    assert "skipped" not in summary
-    return int(re.search(r"(\d+) passed", summary).group(1))
+def emulate(env: dict[str, str], file: str, chosen: str = "cuda") -> int:
+    """Runs the chosen tests of a file with the plugin, half of the schedules in each of two processes; how many passed.
+    None may fail or be skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", "-p", "no:cacheprovider", file, "-k"]
+    halves = [
+        subprocess.Popen(
+            [*command, f"({chosen}) and ({half})"], env=env, cwd=TESTS, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for half in ("shuffled", "not shuffled")
+    ]
+    passed = 0
+    for half in halves:
+        output, _ = half.communicate(timeout=900)
+        assert half.returncode == 0, output[-12000:]
+        summary = output.splitlines()[-1]
+        assert "skipped" not in summary, summary
+        passed += int(re.search(r"(\d+) passed", summary).group(1))
+    print(f"emulated: {passed} cases of {file} under {len(cuda_emulator.SCHEDULES)} schedules")
+    return passed
 
 
 def test_step_logps(emulated: dict[str, str]) -> None:
-    """The whole case table, every dtype, and the other tests of the op, each under five schedules."""
-    assert emulate(emulated, "test_step_logps.py", "-k", "cuda") >= 350
+    """The whole case table, every dtype, and the other tests of the op."""
+    assert emulate(emulated, "test_step_logps.py") >= 350
+
+
+def test_linear_step_logps(emulated: dict[str, str]) -> None:
+    """Every case frozen and recomputed (which takes every row kernel), the other modes on the branching ones."""
+    chosen = "cuda and (frozen or recompute or (values and branching) or form or again or twice)"
+    assert emulate(emulated, "test_linear_step_logps.py", chosen) >= 450
 
 
 def test_what_only_the_emulation_shows(emulated: dict[str, str]) -> None:
-    assert emulate(emulated, "cuda_checks.py") >= 200
+    assert emulate(emulated, "cuda_checks.py", "test") >= 250
+
+
+def test_the_sanitizer_sees_the_tensors(emulated: dict[str, str]) -> None:
+    """One element past a tensor ends the process."""
+    code = (
+        "import ctypes, os, torch; data = torch.zeros(64);"
+        "ctypes.CDLL(os.environ['SVPO_EMULATION_FAULTS']).svpo_fault(11, ctypes.c_void_p(data.data_ptr()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=emulated, cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr and "faults.cu" in done.stderr, done.stderr
 
 
 def test_kernels_use_nothing_but_the_common_header() -> None:

@@ -150,7 +150,7 @@ namespace {
 
 constexpr int kWarp = 32;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SVPO_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // -- sums and maxima over threads, in a fixed order --------------------------------------------------------------------
 
@@ -222,11 +222,12 @@ struct Run {
   SVPO_DEVICE bool has(int64_t i) const { return i >= 0 && i < size; }
 };
 
-// Pack k with `fill` where it is outside the run.
+// Pack k with `fill` where it is outside the run. skip: that of the run beside which this one is read; where it differs
+// from the run's own, no 16-byte load fits.
 template <class T>
-SVPO_DEVICE Pack<T> load_edge(const Run<const T>& run, int64_t k, T fill) {
-  const int64_t begin = run.begin(k);
-  if (run.whole(k)) return load_pack(run.data + begin);
+SVPO_DEVICE Pack<T> load_edge(const Run<const T>& run, int64_t k, T fill, int skip) {
+  const int64_t begin = k * kPack<T> - skip;
+  if (skip == run.skip && run.whole(k)) return load_pack(run.data + begin);
   Pack<T> pack;
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) pack.at[j] = run.has(begin + j) ? run.data[begin + j] : fill;

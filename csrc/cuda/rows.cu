@@ -114,6 +114,15 @@ SVPO_DEVICE bool holds(const Run<T>& run, int64_t first_pack, int64_t column, in
   return pack % kThreads == thread_x();
 }
 
+// Columns of a panel in registers: all loads before the first use. kWhole: every pack of the panel is whole.
+template <class T, int kThreads, int kLoads, bool kWhole>
+SVPO_DEVICE void load_panel(const Run<const T>& run, int64_t mine, int skip, T fill, Pack<T> (&packs)[kLoads]) {
+  const T* const from = run.data + run.begin(mine);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k)
+    packs[k] = kWhole ? load_pack(from + k * kThreads * kPack<T>) : load_edge(run, mine + k * kThreads, fill, skip);
+}
+
 // Maximum and sum of a panel from every thread's own. Two sets of slots in turn: one barrier a panel.
 template <int kThreads, class Slots>
 SVPO_DEVICE void store_panel(Partial own, Slots& slots, int turn, Partial* to) {
@@ -138,7 +147,7 @@ SVPO_DEVICE void store_panel(Partial own, Slots& slots, int turn, Partial* to) {
 
 // Grid (rows, blocks a row): partials (panels, rows) of the columns that are no label, each column read once.
 template <class T, Mode mode, int kThreads>
-SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 3)
+SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 4)
 statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t count, bool chunk, int64_t vocab_size,
                   int64_t panels, Transform t, Partial* partials) {
   constexpr int kLoads = kColumns<mode> / kPack<T>;
@@ -152,13 +161,8 @@ statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t co
     const int64_t first = panel * (kLoads * kThreads), mine = first + thread_x();
     const bool whole = run.whole(first) && run.whole(first + kLoads * kThreads - 1);
     Pack<T> packs[kLoads];
-    if (whole) {
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) packs[k] = load_pack(run.data + run.begin(mine + k * kThreads));
-    } else {
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) packs[k] = load_edge(run, mine + k * kThreads, from_float<T>(-INFINITY));
-    }
+    if (whole) load_panel<T, kThreads, kLoads, true>(run, mine, run.skip, from_float<T>(-INFINITY), packs);
+    else load_panel<T, kThreads, kLoads, false>(run, mine, run.skip, from_float<T>(-INFINITY), packs);
     float z[kColumns<mode>], slope;
 #pragma unroll
     for (int c = 0; c < kColumns<mode>; ++c) {
@@ -185,6 +189,45 @@ statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t co
   }
 }
 
+// factor exp(z - m) slope of the columns of a pack.
+template <class T, Mode mode>
+SVPO_DEVICE void gradient_of(Pack<T>& pack, float m, float factor, const Transform& t) {
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) {
+    float slope;
+    const float z = transformed<mode>(to_float(pack.at[j]), t, &slope), y = factor * exp_(z - m);
+    pack.at[j] = from_float<T>(mode == kCapped ? y * slope : y);
+  }
+}
+
+// Columns of a panel that this thread holds; 0 where `in` has none. At an edge one pack after the other: with all of
+// them in registers at once sm_120 spilled.
+template <class T, Mode mode, int kThreads>
+SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool whole, int64_t mine, float m,
+                                float factor, const Transform& t) {
+  constexpr int kLoads = kColumns<mode> / kPack<T>;
+  if (whole) {
+    Pack<T> packs[kLoads];
+    load_panel<T, kThreads, kLoads, true>(in, mine, in.skip, from_float<T>(0.0f), packs);
+    T* const to = out.data + out.begin(mine);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      gradient_of<T, mode>(packs[k], m, factor, t);
+      store_pack(to + k * kThreads * kPack<T>, packs[k]);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int64_t k = mine; k < mine + kLoads * kThreads && out.begin(k) < out.size; k += kThreads) {
+    Pack<T> pack = load_edge(in, k, from_float<T>(0.0f), out.skip);
+    gradient_of<T, mode>(pack, m, factor, t);
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j)
+      if (!in.has(out.begin(k) + j)) pack.at[j] = from_float<T>(0.0f);
+    store_edge(out, k, pack);
+  }
+}
+
 // Grid (rows of the target, blocks a row): one read and one write of a scored row, zeros elsewhere.
 template <class T, Mode mode, int kThreads>
 SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 3)
@@ -195,38 +238,12 @@ gradient_kernel(Rows<const T> source, Rows<T> target, Plan plan, int64_t first_r
   const int64_t i = block_x(), r = owner ? owner[i] : plan.rows[first_row + i] < 0 ? -1 : first_row + i;
   const Run<T> out(target.at(i), V);
   const Run<const T> in(source.at(i), r < 0 ? 0 : vocab_size);
-  const bool aligned = in.skip == out.skip;
   const float m = r < 0 ? 0.0f : finite_max(row_max[r]), factor = r < 0 ? 0.0f : factors[r];
   const int64_t start = r < 0 ? 0 : plan.row_start[r], end = r < 0 ? 0 : plan.row_start[r + 1];
   for (int64_t panel = block_y(); panel < panels; panel += grid_y()) {
     const int64_t first = panel * (kLoads * kThreads), mine = first + thread_x();
-    const bool whole = aligned && in.whole(first) && in.whole(first + kLoads * kThreads - 1);
-    Pack<T> packs[kLoads];
-    if (whole) {
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) packs[k] = load_pack(in.data + in.begin(mine + k * kThreads));
-    } else if (aligned) {
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) packs[k] = load_edge(in, mine + k * kThreads, from_float<T>(0.0f));
-    } else {
-#pragma unroll
-      for (int c = 0; c < kColumns<mode>; ++c) {
-        const int64_t column = out.begin(mine + c / kPack<T> * kThreads) + c % kPack<T>;
-        packs[c / kPack<T>].at[c % kPack<T>] = in.has(column) ? in.data[column] : from_float<T>(0.0f);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t begin = out.begin(mine + k * kThreads);
-#pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) {
-        float slope;
-        const float z = transformed<mode>(to_float(packs[k].at[j]), t, &slope);
-        const float y = factor * exp_(z - m);
-        packs[k].at[j] = from_float<T>(!whole && !in.has(begin + j) ? 0.0f : mode == kCapped ? y * slope : y);
-      }
-      store_edge(out, mine + k * kThreads, packs[k]);
-    }
+    const bool whole = in.skip == out.skip && in.whole(first) && in.whole(first + kLoads * kThreads - 1);
+    gradient_panel<T, mode, kThreads>(in, out, whole, mine, m, factor, t);
     // The thread that wrote a label's column writes it again.
     for (int64_t n = start; n < end; ++n) {
       const int64_t label = plan.labels[n];
