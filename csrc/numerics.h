@@ -47,4 +47,81 @@ SVPO_HD double svpo_sigmoid(double x) {
   return (x < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
+// -- svpo_loss ---------------------------------------------------------------------------------------------------------
+
+enum svpo_preference { SVPO_PREFERENCE_SIGMOID, SVPO_PREFERENCE_IPO, SVPO_PREFERENCE_HINGE };
+enum svpo_rank { SVPO_RANK_HINGE, SVPO_RANK_LOGISTIC, SVPO_RANK_IMPLICIT };
+
+// A loss and its derivative.
+struct svpo_point { double value, slope; };
+
+// -(1 - e) logsigmoid(x) - e logsigmoid(-x).
+SVPO_HD svpo_point svpo_smoothed_logistic(double x, double e) {
+  const double small = exp(-fabs(x)), both = log1p(small), high = 1.0 / (1.0 + small), low = small * high;
+  const double for_it = x < 0.0 ? both - x : both, against = x < 0.0 ? both : both + x;
+  const double p = x < 0.0 ? low : high, q = x < 0.0 ? high : low;
+  // e = 0 alone must not meet an infinite term.
+  return e == 0.0 ? svpo_point{for_it, -q} : svpo_point{(1.0 - e) * for_it + e * against, e * p - (1.0 - e) * q};
+}
+
+// max(0, y): slope 1 at the kink, NaN stays NaN.
+SVPO_HD svpo_point svpo_hinge(double y) { return {y < 0.0 ? 0.0 : y, y >= 0.0 ? 1.0 : 0.0}; }
+
+// In D; the slope is d loss / d D.
+SVPO_HD svpo_point svpo_preference_loss(int kind, double D, double beta, double margin, double e) {
+  if (kind == SVPO_PREFERENCE_IPO) {
+    const double error = D - 1.0 / (2.0 * beta);
+    return {error * error, 2.0 * error};
+  }
+  const double x = beta * D - margin;
+  const bool hinge = kind == SVPO_PREFERENCE_HINGE;
+  const svpo_point point = hinge ? svpo_hinge(1.0 - x) : svpo_smoothed_logistic(x, e);
+  return {point.value, point.slope * (hinge ? -beta : beta)};
+}
+
+// In the gap v_w - v_l. Without step log-probs there is no implicit reward and no implicit term.
+SVPO_HD svpo_point svpo_rank_loss(int kind, double gap, double margin, double implicit, bool has_implicit) {
+  if (kind == SVPO_RANK_LOGISTIC) return svpo_smoothed_logistic(gap, 0.0);
+  if (kind == SVPO_RANK_IMPLICIT) {
+    const double error = has_implicit ? gap - implicit : 0.0;
+    return {error * error, 2.0 * error};
+  }
+  const svpo_point point = svpo_hinge(margin - gap);
+  return {point.value, -point.slope};
+}
+
+// -- process reward heads ----------------------------------------------------------------------------------------------
+
+enum svpo_activation { SVPO_ACTIVATION_NONE, SVPO_ACTIVATION_SIGMOID, SVPO_ACTIVATION_TANH };
+
+// d of a step from the logits of its head, before the softcap.
+SVPO_HD double svpo_decision(double good, double bad, bool two, double softcap) {
+  const double d = svpo_logit(good, 1.0, softcap);
+  return two ? d - svpo_logit(bad, 1.0, softcap) : d;
+}
+
+// The score of a step and its derivative. Two classes: the probability of the good one.
+SVPO_HD double svpo_score(double d, bool two, int activation) {
+  if (two || activation == SVPO_ACTIVATION_SIGMOID) return svpo_sigmoid(d);
+  return activation == SVPO_ACTIVATION_TANH ? tanh(d) : d;
+}
+SVPO_HD double svpo_score_slope(double d, bool two, int activation) {
+  if (two || activation == SVPO_ACTIVATION_SIGMOID) return svpo_sigmoid(d) * svpo_sigmoid(-d);
+  return activation == SVPO_ACTIVATION_TANH ? 4.0 * svpo_sigmoid(2.0 * d) * svpo_sigmoid(-2.0 * d) : 1.0;
+}
+
+// Cross-entropy of sigmoid(d) with a probability y, and its derivative; NaN for a y that is none.
+SVPO_HD double svpo_label_loss(double d, double y) {
+  if (!(y >= 0.0 && y <= 1.0)) return NAN;
+  // A hard label alone must not meet the other side's infinity.
+  double value = 0.0;
+  if (y > 0.0) value -= y * svpo_logsigmoid(d);
+  if (y < 1.0) value -= (1.0 - y) * svpo_logsigmoid(-d);
+  return value;
+}
+SVPO_HD double svpo_label_slope(double d, double y) {
+  if (!(y >= 0.0 && y <= 1.0)) return NAN;
+  return (1.0 - y) * svpo_sigmoid(d) - y * svpo_sigmoid(-d);  // sigmoid(d) - y without the cancellation
+}
+
 }  // namespace

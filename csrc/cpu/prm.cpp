@@ -13,8 +13,6 @@ constexpr int64_t kColumns = 512;    // columns of the weight's gradient that on
 constexpr int64_t kRows = 64;        // steps whose rows stay in cache while those columns are visited
 constexpr int64_t kGrain = 1 << 15;  // elements of hidden that are worth a thread
 
-enum { kNone, kSigmoid, kTanh };
-
 template <class T>
 struct Hidden {
   const T* data;
@@ -95,8 +93,6 @@ bool position_out_of_range(const Hidden<T>& hidden, int64_t S) {
   return false;
 }
 
-double capped(double z, double softcap) { return softcap > 0.0 ? softcap * tanh(z / softcap) : z; }
-
 // Writes the logits, before the softcap, and the decisions d of all steps.
 template <class T>
 void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, double softcap, int threads, float* logits,
@@ -115,14 +111,10 @@ void head_logits(const Hidden<T>& hidden, const Head& head, int64_t S, double so
         z[r][1] += head.bad_bias;
         logits[2 * (s + r)] = static_cast<float>(z[r][0]);
         logits[2 * (s + r) + 1] = static_cast<float>(z[r][1]);
-        d[s + r] = capped(z[r][0], softcap) - (head.bad ? capped(z[r][1], softcap) : 0.0);
+        d[s + r] = svpo_decision(z[r][0], z[r][1], head.bad, softcap);
       }
     }
   });
-}
-
-double decision(const float* z, bool two, double softcap) {
-  return capped(z[0], softcap) - (two ? capped(z[1], softcap) : 0.0);
 }
 
 // From d upstream to z upstream: a gradient of the head's logits.
@@ -284,9 +276,7 @@ extern "C" int SVPO_ENTRY(prm_scores_fwd)(const void* hidden, int dtype, int64_t
     Scratch<double> d(S);
     if (!d.data) return SVPO_NO_MEMORY;
     head_logits(h, head, S, softcap, threads, logits, d.data);
-    const bool probability = bad >= 0 || activation == kSigmoid;
-    for (int64_t s = 0; s < S; ++s)
-      scores[s] = static_cast<float>(probability ? svpo_sigmoid(d[s]) : activation == kTanh ? tanh(d[s]) : d[s]);
+    for (int64_t s = 0; s < S; ++s) scores[s] = static_cast<float>(svpo_score(d[s], bad >= 0, activation));
     return SVPO_OK;
   });
 }
@@ -305,11 +295,9 @@ extern "C" int SVPO_ENTRY(prm_scores_bwd)(const float* grad, const void* hidden,
     Scratch<Coefficients> c(S);
     if (!c.data) return SVPO_NO_MEMORY;
     for (int64_t s = 0; s < S; ++s) {
-      const double d = decision(logits + 2 * s, bad >= 0, softcap);
-      double slope = 1.0;
-      if (bad >= 0 || activation == kSigmoid) slope = svpo_sigmoid(d) * svpo_sigmoid(-d);
-      else if (activation == kTanh) slope = 4.0 * svpo_sigmoid(2.0 * d) * svpo_sigmoid(-2.0 * d);
-      c[s] = through_cap(grad[s] * slope, logits + 2 * s, bad >= 0, softcap);
+      const float* const z = logits + 2 * s;
+      const double slope = svpo_score_slope(svpo_decision(z[0], z[1], bad >= 0, softcap), bad >= 0, activation);
+      c[s] = through_cap(grad[s] * slope, z, bad >= 0, softcap);
     }
     return head_gradients(h, c.data, S, weight, weight_dtype, weight_stride, bias_dtype, good, bad, threads,
                           grad_hidden, grad_weight, grad_bias);
@@ -338,11 +326,7 @@ extern "C" int SVPO_ENTRY(prm_loss_fwd)(const void* hidden, int dtype, int64_t B
     int64_t labelled = 0;
     for (int64_t s = 0; s < S; ++s) {
       const bool known = labels[s] == labels[s];
-      const double y = known ? labels[s] : 0.0;
-      // A hard label alone must not meet the other side's infinity.
-      double value = 0.0;
-      if (known && y > 0.0) value -= y * svpo_logsigmoid(d[s]);
-      if (known && y < 1.0) value -= (1.0 - y) * svpo_logsigmoid(-d[s]);
+      const double value = known ? svpo_label_loss(d[s], labels[s]) : 0.0;
       labelled += known;
       total += value;
       if (reduction == SVPO_NONE) loss[s] = static_cast<float>(value);
@@ -370,11 +354,10 @@ extern "C" int SVPO_ENTRY(prm_loss_bwd)(const float* grad, const void* hidden, i
     for (int64_t s = 0; s < S; ++s) labelled += labels[s] == labels[s];
     const double scale = reduction == SVPO_MEAN && labelled ? 1.0 / static_cast<double>(labelled) : 1.0;
     for (int64_t s = 0; s < S; ++s) {
-      const double d = decision(logits + 2 * s, bad >= 0, 0.0), y = labels[s];
-      // sigmoid(d) - y without the cancellation.
-      const double slope = y == y ? (1.0 - y) * svpo_sigmoid(d) - y * svpo_sigmoid(-d) : 0.0;
-      const double g = (reduction == SVPO_NONE ? grad[s] : *grad) * scale;
-      c[s] = through_cap(y == y ? g * slope : 0.0, logits + 2 * s, bad >= 0, 0.0);
+      const float* const z = logits + 2 * s;
+      const double y = labels[s], g = (reduction == SVPO_NONE ? grad[s] : *grad) * scale;
+      const double slope = y == y ? svpo_label_slope(svpo_decision(z[0], z[1], bad >= 0, 0.0), y) : 0.0;
+      c[s] = through_cap(y == y ? g * slope : 0.0, z, bad >= 0, 0.0);
     }
     return head_gradients(h, c.data, S, weight, weight_dtype, weight_stride, bias_dtype, good, bad, threads,
                           grad_hidden, grad_weight, grad_bias);

@@ -35,47 +35,6 @@ struct PerPair {
   double operator[](int64_t i) const { return data ? data[i] : value; }
 };
 
-struct Point { double value, slope; };
-
-// -(1 - e) logsigmoid(x) - e logsigmoid(-x) and its derivative.
-inline Point smoothed_logistic(double x, double e) {
-  const double small = exp(-fabs(x)), both = log1p(small), high = 1.0 / (1.0 + small), low = small * high;
-  const double for_it = x < 0.0 ? both - x : both, against = x < 0.0 ? both : both + x;
-  const double p = x < 0.0 ? low : high, q = x < 0.0 ? high : low;
-  // e = 0 alone must not meet an infinite term.
-  return e == 0.0 ? Point{for_it, -q} : Point{(1.0 - e) * for_it + e * against, e * p - (1.0 - e) * q};
-}
-
-// max(0, y) and its derivative: 1 at the kink, NaN stays NaN.
-inline Point hinge(double y) { return {y < 0.0 ? 0.0 : y, y >= 0.0 ? 1.0 : 0.0}; }
-
-enum { kSigmoid, kIpo, kHinge };
-enum { kRankHinge, kRankLogistic, kRankImplicit };
-
-// In D; the slope is d loss / d D.
-inline Point preference_loss(int kind, double D, double beta, double margin, double e) {
-  if (kind == kIpo) {
-    const double error = D - 1.0 / (2.0 * beta);
-    return {error * error, 2.0 * error};
-  }
-  const double x = beta * D - margin;
-  Point point = kind == kHinge ? hinge(1.0 - x) : smoothed_logistic(x, e);
-  point.slope *= kind == kHinge ? -beta : beta;
-  return point;
-}
-
-// In the gap v_w - v_l. Without step log-probs there is no implicit reward and no implicit term.
-inline Point rank_loss(int kind, double gap, double margin, double implicit, bool has_implicit) {
-  if (kind == kRankLogistic) return smoothed_logistic(gap, 0.0);
-  if (kind == kRankImplicit) {
-    const double error = has_implicit ? gap - implicit : 0.0;
-    return {error * error, 2.0 * error};
-  }
-  Point point = hinge(margin - gap);
-  point.slope = -point.slope;
-  return point;
-}
-
 bool out_of_range(Steps steps, int64_t count, int64_t S) {
   for (int64_t i = 0; i < count; ++i)
     if (steps[i] < 0 || steps[i] >= S) return true;
@@ -134,7 +93,7 @@ extern "C" int SVPO_ENTRY(svpo_loss_fwd)(
       chosen_rewards[p] = beta32 * (static_cast<float>(lp_w) - static_cast<float>(ref_w));
       rejected_rewards[p] = beta32 * (static_cast<float>(lp_l) - static_cast<float>(ref_l));
       right += chosen_rewards[p] > rejected_rewards[p];
-      const Point point = preference_loss(preference, D, beta, m[p], e[p]);
+      const svpo_point point = svpo_preference_loss(preference, D, beta, m[p], e[p]);
       preference_sum += weight[p] * point.value;
       in_preference[w] += weight[p] * point.slope / pair_n;
       in_preference[l] -= weight[p] * point.slope / pair_n;
@@ -142,7 +101,7 @@ extern "C" int SVPO_ENTRY(svpo_loss_fwd)(
     if (values) {
       const double v_w = v[w], v_l = v[l];
       value_right += v_w > v_l;
-      const Point point = rank_loss(rank, v_w - v_l, rank_m[p], rank_scale * (beta * D), step_logps != nullptr);
+      const svpo_point point = svpo_rank_loss(rank, v_w - v_l, rank_m[p], rank_scale * (beta * D), step_logps != nullptr);
       rank_sum += weight[p] * point.value;
       in_rank[w] += weight[p] * point.slope / pair_n;
       in_rank[l] -= weight[p] * point.slope / pair_n;
