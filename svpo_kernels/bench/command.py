@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def run_command(*, quick: bool, ops: str | None, scale: str, output_dir: Path, o
             return 0
         now = counting.run(output_dir, console)
     else:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
         command = " ".join(["svpo", *sys.argv[1:]])
         now = suite.run_bench(quick=quick, ops=ops, scale=scale, output_dir=output_dir, command=command,
                               console=console)

@@ -85,12 +85,20 @@ class HeadInputs:
         return [out.detach(), *torch.autograd.grad(out, self.wanted, self.upstream)]
 
     def exact(self) -> list[Tensor]:
-        """The same in fp64."""
-        hidden, weight = (x.detach().double().requires_grad_(x.requires_grad) for x in (self.hidden, self.weight))
-        logp = torch.log_softmax(F.linear(hidden[self.rows], weight), -1).gather(1, self.labels.unsqueeze(1))
-        out = self._sum(logp.squeeze(1))
-        wanted = [x for x in (hidden, weight) if x.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, wanted, self.upstream.double())]
+        """The same in fp64 by the formula, 512 rows at a time: at V = 152064 that is 0.6 GB a temporary."""
+        hidden, weight = self.hidden.detach().double(), self.weight.detach().double()
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        upstream, logps = self.upstream.double()[self.step_ids], []
+        for part in torch.arange(self.rows.numel(), device=hidden.device).split(512):
+            h, g, labels = hidden[self.rows[part]], upstream[part].unsqueeze(1), self.labels[part].unsqueeze(1)
+            logp = torch.log_softmax(F.linear(h, weight), -1)
+            logps.append(logp.gather(1, labels).squeeze(1))
+            u = logp.exp_().mul_(-g).scatter_add_(1, labels, g)
+            grad_hidden[self.rows[part]] = u @ weight
+            if self.weight.requires_grad:
+                grad_weight.addmm_(u.t(), h)
+        out = self._sum(torch.cat(logps)) if logps else self.upstream.double() * 0
+        return [out, grad_hidden, grad_weight][: 1 + len(self.wanted)]
 
     def _sum(self, logp: Tensor) -> Tensor:
         logp = logp.float() if logp.dtype != torch.float64 else logp

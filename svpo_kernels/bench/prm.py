@@ -99,7 +99,7 @@ def score_rows(shape: ScoreShape, rates: Rates, limits: dict[str, Any]) -> Itera
 
     work = Work(4.0 * (shape.S + 2) * shape.D)
     yield race(str(shape), {"ours": ours, FULL: full_logits}, ours="ours", targets={FULL: ">= 100"}, family=FAMILY,
-               work=vars(work), floor_ms=rates.floor_ms(work), headline=True, **limits)
+               work=vars(work), floor_ms=rates.floor_ms(work), headline=True, weighed=True, **limits)
     often = {"ours": repeat(ours), GATHERED: repeat(gathered)}
     yield race(f"{shape}, {REPEATS} times", often, ours="ours", targets={GATHERED: ">= 1.3"}, family=FAMILY,
                headline=True, **limits)

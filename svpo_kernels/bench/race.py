@@ -119,16 +119,20 @@ def race(
     rounds: int = 9,
     seconds: float = 12.0,
     warm: bool = False,
+    weighed: bool = False,
     device: str | torch.device = "cpu",
     **about: Any,
 ) -> Result:
     """Times the variants in turn: `rounds` rounds, fewer (but 3 of them) when they would take longer than `seconds`.
 
-    warm: every variant has run already, when its answer was checked. about: further fields of the Result.
+    warm: every variant has run already, when its answer was checked. weighed: run each once more for its peak memory.
+    about: further fields of the Result.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for function in () if warm else variants.values():
         function()  # warm up: pages, caches, compiled graphs
+    if weighed:
+        about["memory"] = {name: peak_memory(function, device)[0] for name, function in variants.items()}
     clock = Clock(device)
     gc.collect()
     gc.disable()

@@ -9,7 +9,7 @@ from typing import Any
 
 from .race import Result
 
-NOISE = 0.15  # medians of two runs of one build on a quiet shared machine lie within 15 % of each other
+NOISE = 0.15  # twice the median spread of the races in benchmarks/results/cpu.json, 7.5 %
 
 
 def write(path: Path, about: dict[str, Any], results: list[Result]) -> None:
@@ -64,7 +64,11 @@ def lost_lines(lost: list[tuple[str, str, float]]) -> list[str]:
 
 
 def markdown(about: dict[str, Any], results: list[Result]) -> str:
-    lines = ["# svpo bench", "", ", ".join(f"{key} {value}" for key, value in about.items()), ""]
+    rates = about.get("rates", {})
+    told = ", ".join(f"{key} {value}" for key, value in about.items() if key != "rates")
+    lines = ["# svpo bench", "", f"{told}.", ""]
+    lines += [f"Rates of the machine, measured in the run: copy {figure(rates['copy_gbs'])} GB/s, read "
+              f"{figure(rates['read_gbs'])} GB/s, products {figure(rates['tflops'])} TFLOP/s.", ""] if rates else []
     for result in results:
         rows = table(result)
         lines += [f"## {result.case}", "", *([result.note, ""] if result.note else [])]

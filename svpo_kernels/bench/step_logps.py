@@ -100,7 +100,8 @@ def _forward(shape: RowShape, rates: Rates, limits: dict[str, Any]) -> Iterator[
     targets = {**FORWARD_TARGETS, READ: "<= 2" if shape.dtype == torch.float32 else "<= 3"}
     yield race(f"{FAMILY} forward, {shape}", variants, ours="ours", targets=targets, device=shape.device,
                family=FAMILY, floors=[READ], work=vars(shape.work), floor_ms=rates.floor_ms(shape.work),
-               errors=errors, skipped=skipped, headline=True, **limits)
+               errors=errors, skipped=skipped, headline=True, weighed=True,
+               **limits)
 
 
 def _forward_backward(shape: RowShape, rates: Rates, limits: dict[str, Any]) -> Iterator[Result]:
@@ -128,12 +129,12 @@ def _forward_backward(shape: RowShape, rates: Rates, limits: dict[str, Any]) -> 
     variants["ours, inplace_backward"] = inplace
     about = dict(family=FAMILY, headline=True, work=vars(shape.work), floor_ms=rates.floor_ms(shape.work))
     result = race(f"{FAMILY} forward + backward, {shape}", variants, ours="ours", targets=BACKWARD_TARGETS,
-                  device=shape.device, **about, **limits)
+                  device=shape.device, weighed=True, **about, **limits)
     own = result.medians.pop("ours, inplace_backward")
     yield result
     medians = {"ours, inplace_backward": own, **{k: v for k, v in result.medians.items() if k != "ours"}}
     yield Result(f"{result.case}, inplace_backward", "ours, inplace_backward", "ms", medians, result.spread,
-                 {"eager": ">= 8"}, **about)
+                 {"eager": ">= 8"}, memory=result.memory, **about)
 
 
 class _Handle(torch.autograd.Function):

@@ -66,5 +66,5 @@ def run(P: int, rates: Rates, **limits: Any) -> Iterator[Result]:
 
     variants = {name: repeat(function) for name, function in functions.items()}
     yield race(f"{FAMILY} forward + backward, P {P}, {REPEATS} times", variants, ours="ours",
-               targets={"eager": ">= 3"} if P == 64 else {}, family=FAMILY, headline=True,
+               targets={"eager": ">= 3"} if P == 64 else {}, family=FAMILY, headline=True, weighed=True,
                **limits)

@@ -93,6 +93,8 @@ def run(names: list[str], scale: str, *, quick: bool, console: Console) -> tuple
     with Progress(*columns, console=console, transient=True) as progress:
         todo = planned(names, scale, quick)
         task = progress.add_task("rates of this machine", total=len(todo))
+        if not quick and scale == "gpu" and (left := [name for name in names if not FAMILIES[name].on_gpu]):
+            console.print(f"left out, as they run on the CPU only: {', '.join(left)}", highlight=False)
         rates = measure_rates(scale)
         console.print(f"floors: copy {rates.copy_gbs:.1f} GB/s, read {rates.read_gbs:.1f} GB/s, products "
                       f"{rates.tflops:.3g} TFLOP/s, measured now", highlight=False)
