@@ -149,7 +149,7 @@ extern "C" int SVPO_ENTRY(branch_weight)(
   for (int64_t r = 0; r < R; ++r)
     for (int64_t n = row_start[r]; n < row_start[r + 1]; ++n)
       if (coefficients[n] != 0.0f) terms[count++] = {labels[n], r, coefficients[n]};
-  // By label, then row: each row of dW is summed in fp32 by one task, in a fixed order, and rounded once.
+  // By label, then row: each row of dW is summed in fp32 by one task, in a fixed order, from 0, and rounded once.
   qsort(terms.data, count, sizeof(Term), compare_terms);
   for (int64_t i = 0; i < count; ++i)
     if (i == 0 || terms[i].label != terms[i - 1].label) starts[groups++] = i;
@@ -169,9 +169,10 @@ extern "C" int SVPO_ENTRY(branch_weight)(
         const int64_t group = task / slices, d = task % slices * kSlice, width = D - d < kSlice ? D - d : kSlice;
         W* const target = static_cast<W*>(dweight) + terms[starts[group]].label * stride_dw + d;
         alignas(64) float sum[kSlice];
-        scale_row(sum, target, 1.0f, width);
+        memset(sum, 0, sizeof(sum));
         for (int64_t i = starts[group]; i < starts[group + 1]; ++i)
           add_scaled(sum, static_cast<const T*>(h) + terms[i].row * stride_h + d, terms[i].coefficient, width);
+        add_scaled(sum, target, 1.0f, width);
         scale_row(target, sum, 1.0f, width);
       });
       return SVPO_OK;
