@@ -23,6 +23,7 @@ try:
 except ImportError:  # the backend then says so in `supports`
     triton = tl = None
 
+LEAST = (3, 6)  # what the kernels are tested from; torch 2.6 brings 3.2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = ("logits", "grad", "z", "h", "weight", "uw", "out_rows", "dweight")
 
@@ -47,10 +48,16 @@ def interpreted() -> bool:
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the Triton kernels can run, else the reason."""
     if triton is None:
         return "triton is not installed; run: pip install triton"
+    if _release(triton.__version__) < LEAST:
+        return f"it needs triton {'.'.join(map(str, LEAST))}, installed is {triton.__version__}"
     if dtype not in DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu":
