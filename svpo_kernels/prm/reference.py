@@ -192,7 +192,7 @@ def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Ten
         chosen = torch.where(lengths > 0, offsets[:-1] + index, -1)
     elif how == "last":
         chosen = torch.where(lengths > 0, offsets[1:] - 1, -1)
-        out = rows.gather(1, (lengths - 1).clamp(0, rows.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        out = rows.gather(1, (lengths - 1).clamp(0, rows.shape[1] - 1).long().unsqueeze(1)).squeeze(1)
     elif how == "prod":
         out = rows.prod(1)
     elif how == "mean":

@@ -256,7 +256,7 @@ def svpo_loss(
     inputs = (step_logps, ref_step_logps, values, value_targets, pairs, sft_steps, pair_weights, smoothings, margins,
               rank_margins, counts)
     if torch.compiler.is_compiling():
-        return SVPOLoss._make(_TracedSvpoLoss.apply(options, backend, *inputs))
+        return SVPOLoss(*_TracedSvpoLoss.apply(options, backend, *inputs))
     *terms, accuracy, value_accuracy, chosen, rejected, slopes = dispatch.call(
         "svpo_loss_fwd", backend, like, (*inputs, *options))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
