@@ -1,8 +1,9 @@
 """What every Triton backend file shares: launch tables, the launcher, and formulas inside kernels.
 
-Launch configuration is data: a pure function of shape and architecture, without autotuning. Nothing that changes from
-batch to batch (T, R, N, S, strides) is a `constexpr` or specialises a kernel: `kernel` switches that off for every
-argument but the large tensors, whose alignment decides the width of a load.
+Launch configuration is data: a pure function of shape and dtype, the same on every architecture, without autotuning
+(tests/triton_pins.json says what it costs on each). Nothing that changes from batch to batch (T, R, N, S, strides) is
+a `constexpr` or specialises a kernel: `kernel` switches that off for every argument but the large tensors, whose
+alignment decides the width of a load.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ NARROW = Span(1024, 4)
 # A softcap costs a tanh a column: 16 columns a thread, since 32 took 169 registers in the backward (1 program an SM).
 CAPPED_WIDE = Span(4096, 8)
 
-ROWS = 128  # rows of one program of the per-row scalar kernels: one a thread, so that fp64 scalars are not repeated
-ROW_WARPS = 4
+# Rows of one program of the per-row scalar kernels: one a thread, so that fp64 scalars are not repeated. One warp: it
+# alone spills nowhere (128 rows: on sm_80 and sm_90 with 4 warps, on sm_120 with 2), and 8192 rows are 256 programs.
+ROWS, ROW_WARPS = 32, 1
 STEP_BLOCK, STEP_WARPS = 128, 1  # predictions of a step summed at a time: most steps have fewer than 128 tokens
 FEATURES = Span(1024, 4)  # columns of D at a time: 8 a thread are one 16-byte load for 16-bit weights
 
@@ -126,6 +128,14 @@ SEQUENCE, SEQUENCE_WARPS = 128, 1  # scores of a sequence at a time: most have f
 def span(V: int, mode: int) -> Span:
     """The span of a row kernel, by V and mode alone: sums are grouped by span, so results do not depend on R."""
     return NARROW if V <= NARROW.columns else CAPPED_WIDE if mode == CAPPED else WIDE
+
+
+def gradient_warps(span: Span, itemsize: int) -> int:
+    """Warps of the backward, which holds a column's logit and its gradient: 16 columns a thread when both are fp32.
+
+    32 of them spilled on sm_100 (Triton 3.7.1) and took 80 to 127 registers elsewhere; 16 take 48 to 52.
+    """
+    return 2 * span.warps if span == WIDE and itemsize == 4 else span.warps
 
 
 def programs_per_row(rows: int, spans: int, sms: int) -> int:

@@ -92,7 +92,7 @@ def launch_gradient(
         target.tensor, source.L, *source[2:4], *target[2:4], owner, view.row_start, view.labels, targets, factors,
         row_max, V, vocab_size, spans, *split, MODE=mode, BLOCK=span.columns, ALIGN=source.align,
         LIMIT_ALIGN=source.limit(vocab_size), GRAD_ALIGN=target.align, GRAD_LIMIT_ALIGN=target.limit(V),
-        warps=span.warps,
+        warps=_triton.gradient_warps(span, source.tensor.element_size()),
     )
 
 
