@@ -12,6 +12,9 @@ from torch import Tensor
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
     pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("reference", "cuda", id="reference-gpu", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda-gpu", marks=pytest.mark.gpu),
 ]
 
 
@@ -161,7 +164,8 @@ def make_special(case: RowCase, logits: Tensor, given: Predictions) -> Tensor:
     return flat.view(logits.shape)
 
 
-def make_rows(case: RowCase) -> tuple[Tensor, Predictions]:
+def make_rows(case: RowCase, device: str = "cpu") -> tuple[Tensor, Predictions]:
+    """Logits on the device; predictions on the CPU, where plans are made of them."""
     given = make_predictions(case)
-    logits = make_logits(case)
+    logits = make_logits(case, device)
     return make_special(case, logits, given), given

@@ -18,12 +18,13 @@ def step_logps(logits: Tensor, given: Predictions, case: RowCase) -> Tensor:
     if z.shape[0] == 0:
         logp = z.sum(-1)
     else:
-        logp = torch.log_softmax(z, -1).gather(1, given.labels.unsqueeze(1)).squeeze(1)
+        logp = torch.log_softmax(z, -1).gather(1, given.labels.to(z.device).unsqueeze(1)).squeeze(1)
     if case.reduction == "none":
         return logp
-    out = logp.new_zeros(case.S).index_add(0, given.step_ids, logp)
+    step_ids = given.step_ids.to(logp.device)
+    out = logp.new_zeros(case.S).index_add(0, step_ids, logp)
     if case.reduction == "mean":
-        out = out / torch.bincount(given.step_ids, minlength=case.S).clamp_min(1)
+        out = out / torch.bincount(step_ids, minlength=case.S).clamp_min(1)
     return out
 
 

@@ -14,6 +14,8 @@ import svpo_kernels as sk
 
 HOWS = ("min", "prod", "geomean", "mean", "last", "max")
 
+OP = "aggregate_scores"  # whose kernels a GPU backend must have for this file (conftest.py)
+
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest):

@@ -70,7 +70,7 @@ NEEDS = {
 }
 
 
-def make_head(case: RowCase, given):
+def make_head(case: RowCase, given, device: str = "cpu"):
     """hidden (B, L, D), weight, bias: logits of about case.scale; rows at p near 1 where the case asks for them."""
     L = case.L + 1 if case.layout == "shifted" else case.L
     hidden = torch.randn(case.B, L, D)
@@ -85,16 +85,16 @@ def make_head(case: RowCase, given):
         if case.special == "sibling":
             others = given.labels[~first]
             flat[given.rows[~first]] += weight[others] * (4.0 / weight[others].square().sum(1)).unsqueeze(1)
-    hidden = hidden.to(case.dtype)
-    hidden = hidden[:, :-1] if case.layout == "shifted" else hidden
-    return hidden, weight.to(case.dtype), torch.randn(case.V).to(case.dtype) if case.bias else None
+    bias = torch.randn(case.V) if case.bias else None
+    hidden, weight, bias = (None if x is None else x.to(device, case.dtype) for x in (hidden, weight, bias))
+    return hidden[:, :-1] if case.layout == "shifted" else hidden, weight, bias
 
 
 def run(tensors, needs, upstream, function):
     leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     out = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    return out.detach(), torch.autograd.grad(out, wanted, upstream.to(out.dtype))
+    return out.detach(), torch.autograd.grad(out, wanted, upstream.to(out))
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -102,7 +102,7 @@ def run(tensors, needs, upstream, function):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str) -> None:
     given = make_predictions(case)
-    tensors = make_head(case, given)
+    tensors = make_head(case, given, device)
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
     upstream = torch.randn(plan.num_predictions if case.reduction == "none" else case.S)
 
@@ -156,12 +156,12 @@ def test_a_head_of_few_columns(V: int, backend: str, device: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_tensor_form_equals_plan_form(backend: str, device: str) -> None:
     B, L, V, S = 3, 11, 33, 6
-    hidden, weight = torch.randn(B, L, D), torch.randn(V, D)
+    hidden, weight = torch.randn(B, L, D, device=device), torch.randn(V, D, device=device)
     labels = torch.randint(0, V, (B, L))
     labels[torch.rand(B, L) < 0.3] = -100
-    step_ids = torch.randint(-1, S, (B, L))
+    labels, step_ids = labels.to(device), torch.randint(-1, S, (B, L)).to(device)
     for shift in (0, 1):
-        plan = sk.StepPlan.from_step_ids(labels, step_ids, shift=shift, num_steps=S)
+        plan = sk.StepPlan.from_step_ids(labels.cpu(), step_ids.cpu(), shift=shift, num_steps=S)
         for reduction in ("sum", "mean", "none"):
             out = sk.linear_step_logps(
                 hidden, weight, labels, step_ids, shift=shift, num_steps=S, reduction=reduction, backend=backend
@@ -259,7 +259,7 @@ def test_gradcheck_of_the_reference(mode: str) -> None:
 def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
     case = RowCase("again", L=40, V=503, predictions="branching", bias=True)
     given = make_predictions(case)
-    tensors = make_head(case, given)
+    tensors = make_head(case, given, device)
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
     upstream = torch.randn(case.S)
     for needs in NEEDS.values():
@@ -275,8 +275,8 @@ def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
 def test_backward_twice_and_tied_weight(backend: str, device: str) -> None:
     """retain_graph gives the same gradient again, and a weight that is also the embedding gets both parts."""
     V = 50
-    weight = torch.randn(V, D, requires_grad=True)
-    ids, labels = torch.randint(0, V, (2, 9)), torch.randint(0, V, (2, 9))
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    ids, labels = (torch.randint(0, V, (2, 9)).to(device) for _ in range(2))
 
     def loss(op_weight):
         hidden = torch.nn.functional.embedding(ids, weight).tanh()

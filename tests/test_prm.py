@@ -16,6 +16,8 @@ import svpo_kernels as sk
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
+OP = "prm_scores"  # whose kernels a GPU backend must have for this file (conftest.py)
+
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest):

@@ -74,14 +74,15 @@ def test_opcheck_of_the_raw_ops(backend: str, device: str) -> None:
     case = RowCase("opcheck", predictions="branching", V=V)
     given = make_predictions(case)
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
-    logits, options = torch.randn(case.B, case.L, V), (V, 1.0, 0.0, "sum")
+    plan = plan.to(device)
+    logits, options = torch.randn(case.B, case.L, V, device=device), (V, 1.0, 0.0, "sum")
     fwd = (logits, list(plan.tensors), *options, backend)
     torch.library.opcheck(torch.ops.svpo.step_logps_fwd, fwd)
     out, *kept = torch.ops.svpo.step_logps_fwd(*fwd)
     bwd = (torch.randn_like(out), logits, *kept, list(plan.tensors), *options, backend)
     torch.library.opcheck(torch.ops.svpo.step_logps_bwd, bwd)
     torch.library.opcheck(torch.ops.svpo.step_logps_bwd_, bwd)
-    hidden, weight = torch.randn(case.B, case.L, D), torch.randn(V, D)
+    hidden, weight = torch.randn(case.B, case.L, D, device=device), torch.randn(V, D, device=device)
     for mode, needs in (
         ("forward", (False, False, False)),
         ("frozen", (True, False, False)),
@@ -94,16 +95,16 @@ def test_opcheck_of_the_raw_ops(backend: str, device: str) -> None:
         if mode != "forward":
             bwd = (torch.randn_like(out), hidden, weight, None, *kept, list(plan.tensors), *options, *needs, backend)
             torch.library.opcheck(torch.ops.svpo.linear_step_logps_bwd, bwd)
-    labels, step_ids = torch.randint(0, V, (2, 5)), torch.randint(-1, 3, (2, 5))
+    labels, step_ids = torch.randint(0, V, (2, 5)).to(device), torch.randint(-1, 3, (2, 5)).to(device)
     torch.library.opcheck(torch.ops.svpo.compact_plan, (labels, step_ids, 1, None))
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_autocast(backend: str, device: str) -> None:
     """linear_step_logps casts as F.linear does; step_logps computes in fp32 whatever comes."""
-    labels = torch.randint(0, V, (9,))
-    hidden, weight = torch.randn(9, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    labels = torch.randint(0, V, (9,)).to(device)
+    hidden, weight = (torch.randn(n, D, device=device, requires_grad=True) for n in (9, V))
+    with torch.autocast(device, dtype=torch.bfloat16):
         logits = torch.nn.functional.linear(hidden, weight)
         ours = sk.linear_step_logps(hidden, weight, labels, shift=0, backend=backend)
         theirs = sk.step_logps(logits, labels, shift=0, backend=backend)

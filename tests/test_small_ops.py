@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import svpo_kernels as sk
 
 NAN = float("nan")
+OP = "svpo_loss"  # whose kernels a GPU backend must have for this file (conftest.py)
 
 
 @pytest.fixture(params=ENGINES)

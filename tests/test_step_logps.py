@@ -18,7 +18,7 @@ def plan_of(given, case):
 def run(logits, upstream, function):
     leaf = logits.detach().requires_grad_()
     out = function(leaf)
-    return out.detach(), torch.autograd.grad(out, leaf, upstream.to(out.dtype))[0]
+    return out.detach(), torch.autograd.grad(out, leaf, upstream.to(out))[0]
 
 
 def poison(logits, given):
@@ -33,7 +33,7 @@ def poison(logits, given):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("case", ROW_CASES, ids=lambda case: case.name)
 def test_values_and_gradients(case: RowCase, backend: str, device: str) -> None:
-    logits, given = make_rows(case)
+    logits, given = make_rows(case, device)
     plan = plan_of(given, case)
     upstream = torch.randn(plan.num_predictions if case.reduction == "none" else case.S)
     exact = run(logits.double(), upstream, lambda x: oracle.step_logps(x, given, case))
@@ -50,7 +50,7 @@ def test_values_and_gradients(case: RowCase, backend: str, device: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_log_probs_never_exceed_zero(backend: str, device: str) -> None:
     for V in (1, 2, 7, 300):
-        logits = torch.zeros(400, V)
+        logits = torch.zeros(400, V, device=device)
         logits[:, 0] = torch.linspace(0, 40, 400)
         plan = sk.StepPlan.from_predictions(
             torch.arange(400), torch.zeros(400, dtype=torch.int64), torch.arange(400), 400
@@ -66,12 +66,12 @@ def test_log_probs_never_exceed_zero(backend: str, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_tensor_form_equals_plan_form(backend: str, device: str, shift: int, reduction: str) -> None:
     B, L, V, S = 3, 11, 33, 6
-    logits = torch.randn(B, L, V, requires_grad=True)
+    logits = torch.randn(B, L, V, device=device, requires_grad=True)
     labels = torch.randint(0, V, (B, L), dtype=torch.int32)
     labels[torch.rand(B, L) < 0.3] = -100
     step_ids = torch.randint(-1, S, (B, L))
     options = dict(reduction=reduction, temperature=0.8, backend=backend)
-    out = sk.step_logps(logits, labels, step_ids, shift=shift, num_steps=S, **options)
+    out = sk.step_logps(logits, labels.to(device), step_ids.to(device), shift=shift, num_steps=S, **options)
     plan = sk.StepPlan.from_step_ids(labels, step_ids, shift=shift, num_steps=S)
     expected = sk.step_logps(logits, plan, **options)
     if reduction == "none":
@@ -84,7 +84,7 @@ def test_tensor_form_equals_plan_form(backend: str, device: str, shift: int, red
     ours, theirs = (torch.autograd.grad(o, logits, upstream, retain_graph=True)[0] for o in (out, expected))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     # By hand, token by token: the row, the label and the step that Hugging Face labels mean.
-    logp = torch.log_softmax(logits / 0.8, -1)
+    logp = torch.log_softmax(logits.cpu() / 0.8, -1)
     by_hand = torch.zeros(S)
     counts = torch.zeros(S)
     for b in range(B):
@@ -94,12 +94,12 @@ def test_tensor_form_equals_plan_form(backend: str, device: str, shift: int, red
                 counts[step_ids[b, t]] += 1
     if reduction != "none":
         by_hand = by_hand / counts.clamp_min(1) if reduction == "mean" else by_hand
-        torch.testing.assert_close(out, by_hand, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.cpu(), by_hand, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_one_step_per_sequence_without_step_ids(backend: str, device: str) -> None:
-    logits, labels = torch.randn(3, 5, 9), torch.randint(0, 9, (3, 5))
+    logits, labels = torch.randn(3, 5, 9, device=device), torch.randint(0, 9, (3, 5)).to(device)
     out = sk.step_logps(logits, labels, shift=1, backend=backend)
     expected = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None]).sum((1, 2))
     torch.testing.assert_close(out, expected)
@@ -111,10 +111,10 @@ def test_one_step_per_sequence_without_step_ids(backend: str, device: str) -> No
 @pytest.mark.parametrize("predictions", ["dense", "branching"])
 def test_inplace_backward(backend: str, device: str, dtype: torch.dtype, predictions: str) -> None:
     case = RowCase("inplace", dtype=dtype, predictions=predictions, softcap=7.0)
-    logits, given = make_rows(case)
+    logits, given = make_rows(case, device)
     plan = plan_of(given, case)
     leaf = logits.requires_grad_()
-    upstream = torch.randn(case.S)
+    upstream = torch.randn(case.S, device=device)
     expected = torch.autograd.grad(sk.step_logps(leaf, plan, softcap=7.0, backend=backend), leaf, upstream)[0]
     made = leaf * 1
     out = sk.step_logps(made, plan, softcap=7.0, backend=backend, inplace_backward=True)
@@ -140,7 +140,7 @@ def test_inplace_backward_refuses_leaves_and_views() -> None:
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_padded_plan_gives_the_same(backend: str, device: str) -> None:
     case = RowCase("padded", predictions="branching")
-    logits, given = make_rows(case)
+    logits, given = make_rows(case, device)
     poison(logits, given)
     plan = plan_of(given, case)
     padded = plan.pad_to(plan.rows.shape[0] + 7, plan.num_predictions + 11, case.S + 3)
@@ -159,7 +159,7 @@ def test_padded_plan_gives_the_same(backend: str, device: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_rows_without_a_distribution_are_nan(backend: str, device: str, value: float) -> None:
     """A NaN logit, a +inf logit or a row of -inf: NaN for that row's step as in eager code, and for no other."""
-    logits = torch.randn(3, 50)
+    logits = torch.randn(3, 50, device=device)
     if value == -torch.inf:
         logits[1] = value
     else:
@@ -171,7 +171,7 @@ def test_rows_without_a_distribution_are_nan(backend: str, device: str, value: f
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
     case = RowCase("again", V=5003, L=40, predictions="branching")
-    logits, given = make_rows(case)
+    logits, given = make_rows(case, device)
     plan = plan_of(given, case)
     upstream = torch.randn(case.S)
     first = run(logits, upstream, lambda x: sk.step_logps(x, plan, backend=backend))
@@ -196,7 +196,7 @@ def test_gradcheck_of_the_reference() -> None:
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_second_derivative_raises(backend: str, device: str) -> None:
-    logits = (torch.randn(4, 5) * 1).requires_grad_()
+    logits = torch.randn(4, 5, device=device).requires_grad_()
     out = sk.step_logps(logits, torch.zeros(4, dtype=torch.int64), shift=0, backend=backend).sum()
     (grad,) = torch.autograd.grad(out, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

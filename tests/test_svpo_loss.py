@@ -17,6 +17,8 @@ import svpo_kernels as sk
 
 TERMS = ("loss", "preference", "value", "rank", "sft")
 
+OP = "svpo_loss"  # whose kernels a GPU backend must have for this file (conftest.py)
+
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest):

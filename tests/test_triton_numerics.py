@@ -59,6 +59,11 @@ def test_aggregates_and_raw_ops_in_the_interpreter() -> None:
     assert passed(interpret(*files, "-k", chosen)) >= 140
 
 
+def test_outputs_are_written_whole_and_nothing_beside_them() -> None:
+    chosen = "triton and (written_whole and bfloat16 or stays_inside and float32)"
+    assert passed(interpret("test_gpu.py", "-k", chosen)) >= 9
+
+
 def test_traffic() -> None:
     """Bytes against their minimum; what does not exist is neither read nor written."""
     output = interpret("triton_traffic.py", "-s")
