@@ -1,6 +1,6 @@
 """Process reward ops in Triton: launches of triton_kernels.py.
 
-    forward    one launch for scores and for `prm_loss` with reduction "none"; one more sums the losses
+    forward    one launch for scores; two for `prm_loss`, which goes on from the same decisions in fp64
     backward   coefficients dz (S, 2) of the head's logits, then the gradients of hidden and of the head that are needed
 """
 
@@ -22,7 +22,6 @@ from .triton_kernels import (
     head_weight_sum_kernel,
     prm_loss_bwd_kernel,
     prm_loss_fwd_kernel,
-    prm_loss_sum_kernel,
     prm_scores_bwd_kernel,
     prm_scores_fwd_kernel,
 )
@@ -40,15 +39,9 @@ def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tens
                    activation: str, softcap: float) -> tuple[Tensor, Tensor]:
     """As the reference. Only the rows of hidden at positions and two rows of weight are read."""
     check_positions("prm_scores", hidden, positions)
-    index = _index(positions)
-    S = index.shape[0]
-    scores, logits = (hidden.new_empty(size, dtype=torch.float32) for size in ((S,), (S, 2)))
-    launch(
-        prm_scores_fwd_kernel, (S,), hidden, *_rows(hidden), weight, weight.stride(0), bias, index, good, bad,
-        softcap, scores, logits, TWO=bad >= 0, ACTIVATION=ACTIVATIONS[activation], CAPPED=softcap > 0.0,
-        BLOCK=HEAD.columns, ALIGN=_align(hidden, weight), warps=HEAD.warps,
-    )
-    return scores, logits
+    scores = hidden.new_empty(positions.shape, dtype=torch.float32)
+    activation = _activation(bad, activation)
+    return scores, _head_logits(hidden, positions, weight, bias, good, bad, activation, softcap, scores)
 
 
 def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None,
@@ -59,7 +52,7 @@ def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tens
     dz = logits.new_empty((S, 2), dtype=torch.float64)
     launch(
         prm_scores_bwd_kernel, (cdiv(S, ROWS),), logits, grad, grad.stride(0), logits, dz, S, softcap, TWO=bad >= 0,
-        ACTIVATION=ACTIVATIONS[activation], CAPPED=softcap > 0.0, ROWS=ROWS, warps=ROW_WARPS,
+        ACTIVATION=_activation(bad, activation), CAPPED=softcap > 0.0, ROWS=ROWS, warps=ROW_WARPS,
     )
     return _gradients(dz, hidden, positions, weight, bias, good, bad, need_hidden, need_weight, need_bias)
 
@@ -69,19 +62,14 @@ def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tens
     """As the reference."""
     check_positions("prm_loss", hidden, positions)
     check_labels(labels)
-    index, labels = _index(positions), labels.contiguous()
-    S, none = index.shape[0], reduction == "none"
-    logits = hidden.new_empty((S, 2), dtype=torch.float32)
-    losses = hidden.new_empty(S, dtype=torch.float32 if none else torch.float64)
+    S, each = positions.shape[0], reduction == "none"
+    decisions = hidden.new_empty(S, dtype=torch.float64)
+    logits = _head_logits(hidden, positions, weight, bias, good, bad, ACTIVATIONS["none"], 0.0, decisions)
+    loss = hidden.new_empty(S if each else (), dtype=torch.float32)
     launch(
-        prm_loss_fwd_kernel, (S,), hidden, *_rows(hidden), weight, weight.stride(0), bias, index, labels, good, bad,
-        losses, logits, TWO=bad >= 0, BLOCK=HEAD.columns, ALIGN=_align(hidden, weight), warps=HEAD.warps,
+        prm_loss_fwd_kernel, (cdiv(S, SWEEP) if each else 1,), hidden, decisions, labels.contiguous(), loss, S,
+        EACH=each, MEAN=reduction == "mean", LANES=SWEEP, warps=ROW_WARPS,
     )
-    if none:
-        return losses, logits
-    loss = hidden.new_empty((), dtype=torch.float32)
-    launch(prm_loss_sum_kernel, (1,), hidden, losses, labels, loss, S, MEAN=reduction == "mean", LANES=SWEEP,
-           warps=ROW_WARPS)
     return loss, logits
 
 
@@ -97,6 +85,23 @@ def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor
         warps=ROW_WARPS,
     )
     return _gradients(dz, hidden, positions, weight, bias, good, bad, need_hidden, need_weight, need_bias)
+
+
+def _activation(bad: int, activation: str) -> int:
+    """Two classes have a probability, whatever the activation is called."""
+    return ACTIVATIONS["sigmoid" if bad >= 0 else activation]
+
+
+def _head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int, bad: int,
+                 activation: int, softcap: float, scores: Tensor) -> Tensor:
+    """logits (S, 2); fills scores (S,)."""
+    logits = hidden.new_empty((positions.shape[0], 2), dtype=torch.float32)
+    launch(
+        prm_scores_fwd_kernel, (positions.shape[0],), hidden, *_rows(hidden), weight, weight.stride(0), bias,
+        _index(positions), good, bad, softcap, scores, logits, TWO=bad >= 0, ACTIVATION=activation,
+        CAPPED=softcap > 0.0, BLOCK=HEAD.columns, ALIGN=_align(hidden, weight), warps=HEAD.warps,
+    )
+    return logits
 
 
 def _gradients(dz: Tensor, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int,
