@@ -72,6 +72,8 @@ def aggregate(engine: Any, values: list[float], how: str, lengths: list[int] | N
 def test_ties_go_to_the_first(engine: Any) -> None:
     assert aggregate(engine, [0.5, 0.25, 0.25, 0.75, 0.75], "min") == ([0.25], [0, 2, 0, 0, 0])
     assert aggregate(engine, [0.5, 0.25, 0.25, 0.75, 0.75], "max") == ([0.75], [0, 0, 0, 2, 0])
+    for how in ("min", "max"):  # equals of more than one tile
+        assert aggregate(engine, [0.5] * 300, how) == ([0.5], [2] + [0] * 299)
 
 
 def test_product_is_exact_with_zeros(engine: Any) -> None:
@@ -101,6 +103,8 @@ def test_empty_sequences_and_nan(how: str, engine: Any) -> None:
     assert all(g == g for g in grad)
     out, _ = aggregate(engine, [0.5, torch.nan, 0.25, 0.5], how, [2, 2])
     assert out[0] != out[0] and out[1] == out[1]
+    out, grad = aggregate(engine, [0.5] * 150 + [torch.nan] + [0.25] * 60, how)  # behind the first tile
+    assert (out[0] == out[0]) == (how == "last") and (how not in ("min", "max") or grad[150] == 2)
     out, grad = aggregate(engine, [], how, [0, 0])
     assert all(x != x for x in out) and grad == []
     scores = torch.empty(0, device=engine.device)

@@ -134,6 +134,11 @@ def hidden_rows(dtype, D, unread=torch.nan):
     return hidden.requires_grad_(), torch.cat([positions, positions[:2]])
 
 
+def test_every_op_is_there() -> None:
+    for op, report in sk.backends(device="cpu").items():
+        assert report["triton"] == "usable" and report["auto"] == "triton", op
+
+
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_prm_scores(traffic, dtype, classes) -> None:
