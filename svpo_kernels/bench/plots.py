@@ -162,7 +162,8 @@ def draw_losses(results: list[Result], folder: Path) -> Path | None:
             # widest below, thinnest on top: curves that agree show as one line with a coloured border
             panel.plot(range(1, len(losses) + 1), losses, linewidth=9 - 2.3 * order, color=f"C{order}", alpha=0.9,
                        label=f"{name}: {r.medians[name]:,.0f} ms a step")
-        panel.set(xlabel="optimizer step", ylabel="loss", title=r.case.removeprefix("training step, "))
+        panel.set(xlabel="optimizer step", ylabel="loss", title=r.case.removeprefix("training step, "),
+                  xticks=range(1, len(losses) + 1))
         panel.title.set_fontsize(8)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)

@@ -32,7 +32,7 @@ WAYS = {PAIRS: "pairs", ONCE: "distinct", PACKED: "tree"}
 BATCH = 8  # pairs of a padded batch, TRL's default
 SETTINGS = dict(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, seed=0,
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, use_cpu=True, bf16=False)
-AGREE = 1e-3  # of the loss, absolute: a rounding error of 1e-6 grows by the learning rate over the steps
+AGREE = 1e-4  # of the loss, absolute: 1e-6 is seen after four steps
 
 
 @dataclass(frozen=True)
