@@ -31,6 +31,6 @@ def test_real_trees(record, scale: str) -> None:
 def test_deep_tree(record, scale: str) -> None:
     depth = 6 if scale == "cpu" else 3
     tree = deep_tree(depth=depth, tokens=(4, 8), prompt=50)
-    # Padded, the 5,460 distinct sequences of depth 6 are 0.5 M tokens of activations: several GB.
+    # Padded, the 5,460 distinct sequences of depth 6 are half a million tokens in one batch.
     record(time_passes(f"depth {depth}, 4 children, every two siblings, Llama 128 x 2", [tree],
                        [select_pairs(tree, "all")], ">= 6", distinct=False, rounds=2))
