@@ -95,7 +95,7 @@ class BuildExt(build_ext):
         sources = [source for source in ext.sources if source.endswith(".cu")]
         # A process a source, and what cores are left over as threads, one an architecture.
         threads = max(1, max_jobs() // len(sources))
-        host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+        host = ["-ccbin", shlex.split(os.environ["CXX"])[-1]] if os.environ.get("CXX") else []
         own = [nvcc, *host, *NVCC_FLAGS, f"-I{CSRC}", *baked, *gencode(archs), f"--threads={threads}",
                *shlex.split(os.environ.get("NVCCFLAGS", ""))]
         jobs += [Job(source, "cuda", own) for source in sources]
