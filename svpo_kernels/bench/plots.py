@@ -61,16 +61,19 @@ def draw_head(results: list[Result], folder: Path) -> Path | None:
     for column, (label, group) in enumerate(series.items()):
         x = [r.curves["shape"][axes_of[label]] for r in group]
         names = list(dict.fromkeys(name for r in group for name in r.medians))
+        peers = list(dict.fromkeys(name.rpartition(", ")[0] for name in names))
         for row, unit in enumerate(("ms", "peak MiB")):
             panel = axes[row][column]
-            for index, name in enumerate(names):
+            for name in names:
                 values = [(r.medians if row == 0 else r.memory).get(name) for r in group]
                 points = [(a, b) for a, b in zip(x, values, strict=True) if b]
                 if points:
-                    ours, floor = name == linear_step_logps.OURS, name in group[0].floors
-                    style = dict(color="black", linewidth=2.5, zorder=3) if ours else dict(linewidth=1.0, alpha=0.8)
-                    panel.plot(*zip(*points, strict=True), "k--" if floor else "o-", markersize=3, label=name,
-                               **({} if floor else {**style, "color": "black" if ours else f"C{index % 10}"}))
+                    peer, _, rows = name.rpartition(", ")
+                    style = dict(color=f"C{peers.index(peer)}", linestyle=":" if rows == "all rows" else "-")
+                    if not peer:  # ours and the floor
+                        floor = name in group[0].floors
+                        style = dict(color="black", linestyle="--" if floor else "-", linewidth=1 if floor else 3)
+                    panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
             panel.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
             panel.grid(alpha=0.3)
     handles, labels = axes[0][2].get_legend_handles_labels()
