@@ -137,12 +137,20 @@ SVPO_CPU_OP(label_dots, const void* h, const void* weight, const void* bias, int
             int64_t stride_w, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
             const int64_t* first, int64_t R, int64_t N, int64_t vocab_size, float* label_z0, int threads);
 
-// Rows [first_row, last_row) of z (c, vocab_size): logp, row_max and row_logsum, and with `unit` z becomes U.
-// unit_only: the statistics are given.
+// Rows [first_row, last_row) of z (c, vocab_size): logp, row_max, row_logsum and entropy (R,) unless null, and with `unit`
+// z becomes U. unit_only: the statistics are given.
 SVPO_CPU_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
             const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
             int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap, float* logp,
-            float* row_max, float* row_logsum, int unit, int unit_only, int threads);
+            float* row_max, float* row_logsum, float* entropy, int unit, int unit_only, int threads);
+
+// out, which may be z: the whole gradient of rows [first_row, last_row) of z, for upstreams g (N,) and G (R,) of the
+// log-probs and E (R,) of the entropies.
+SVPO_CPU_OP(linear_rows_grad, const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out,
+            int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
+            double softcap, const float* logp, const float* row_max, const float* row_logsum, const float* entropy,
+            const float* g, const float* G, const float* E, int threads);
 
 // out (S,) or (N,) from logp (N,).
 SVPO_CPU_OP(reduce_steps, const float* logp, const int64_t* step_order, const int64_t* step_start, int64_t N, int64_t S,

@@ -359,6 +359,12 @@ def row_of_prediction(plan: PlanTensors) -> tuple[Tensor, Tensor]:
     return kept, (row < R) & (plan.rows[kept] >= 0)
 
 
+def spread_rows(values: Tensor, plan: PlanTensors) -> Tensor:
+    """(R,) -> (N,), each prediction its row's value; 0 for padding."""
+    row, scored = row_of_prediction(plan)
+    return torch.where(scored, values[row], 0.0) if values.shape[0] else values.new_zeros(row.shape[0])
+
+
 # -- the tensor form without its unscored rows, as a raw op: its sizes are known only when it has run ------------------
 
 

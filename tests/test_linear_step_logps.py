@@ -219,7 +219,10 @@ def test_mode_table() -> None:
         (True, True, True),
     ):
         assert modes.mode(*needs, True) == "store"
-    assert modes.mode(True, False, False, True, entropy=True) == "store"
+        assert modes.mode(*needs, True, entropy=True) == modes.mode(*needs, True, needs_lora=True) == "logits"
+    assert modes.mode(True, False, False, True, entropy=True) == "logits"
+    assert modes.mode(False, False, False, True, needs_lora=True) == "logits"
+    assert modes.mode(False, False, False, False, needs_lora=True) == "forward"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -230,7 +233,7 @@ def test_budget_bounds_rows(device: str) -> None:
         for mode in modes.MODES:
             kept, chunk = modes.budget(V, itemsize, mib, device, mode)
             assert least <= chunk <= modes.MOST_ROWS and kept >= 0
-            assert kept == 0 or mode == "store"
+            assert kept == 0 or mode in ("store", "logits")
             assert kept + chunk <= max(whole, least)
 
 
@@ -239,6 +242,15 @@ def test_chunks_cover_every_row_once() -> None:
         pieces = modes.chunks(0, stop, size)
         assert [row for start, end in pieces for row in range(start, end)] == list(range(stop))
         assert all(0 < end - start <= size for start, end in pieces)
+
+
+@pytest.mark.parametrize("mode", ["store", "logits"])
+def test_parts_of_a_backward_cover_every_row_once(mode: str) -> None:
+    for R, kept in ((0, 0), (5, 5), (100, 100), (100, 40), (100, 0)):
+        pieces = modes.parts(R, kept, 16, mode)
+        assert [row for start, end in pieces for row in range(start, end)] == list(range(R))
+        assert all(end <= kept or start >= kept for start, end in pieces)
+        assert all(end - start <= 16 or (end <= kept and mode == "store") for start, end in pieces)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "store", "recompute"])
@@ -288,20 +300,3 @@ def test_backward_twice_and_tied_weight(backend: str, device: str) -> None:
     logits = torch.nn.functional.linear(torch.nn.functional.embedding(ids, weight).tanh(), weight)
     logp = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None]).sum((1, 2))
     torch.testing.assert_close(first, torch.autograd.grad(logp.square().sum(), weight)[0], rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("process_group", object()),
-        ("lora_a", torch.zeros(1)),
-        ("lora_b", torch.zeros(1)),
-        ("lora_scaling", 2.0),
-        ("return_entropy", True),
-    ],
-)
-def test_what_waits_for_its_issue_raises(argument: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"linear_step_logps: {argument} must be .*does not support it yet"):
-        sk.linear_step_logps(
-            torch.randn(4, D), torch.randn(9, D), torch.zeros(4, dtype=torch.int64), shift=0, **{argument: value}
-        )

@@ -264,11 +264,11 @@ def test_unit_gradient_is_the_same_made_at_once_or_later(isa: str, dtype: torch.
     label_z0 = z.float()[torch.zeros(N, dtype=torch.int64), plan.labels] + torch.randn(N)
     stats = [torch.full((size,), torch.nan) for size in (N, R, R)]
     at_once, later = z.clone(), z.clone()
-    linear_rows.rows_fwd(at_once, 0, label_z0, *stats, plan, 0.9, softcap, True)
+    linear_rows.rows_fwd(at_once, 0, label_z0, *stats, None, plan, 0.9, softcap, True)
     for start in range(0, R, 7):  # by chunks, and the statistics without U
         again = [torch.full((size,), torch.nan) for size in (N, R, R)]
         chunk = z[start : start + 7].clone()
-        linear_rows.rows_fwd(chunk, start, label_z0, *again, plan, 0.9, softcap, False)
+        linear_rows.rows_fwd(chunk, start, label_z0, *again, None, plan, 0.9, softcap, False)
         assert torch.equal(chunk, z[start : start + 7])
         for ours, whole in zip(again, stats, strict=True):
             assert torch.equal(ours[~ours.isnan()], whole[~ours.isnan()])
@@ -296,7 +296,7 @@ def test_results_do_not_depend_on_the_thread_count(isa: str, threads: None, L: i
         out = sk.step_logps(logits, plan, softcap=20.0, backend="cpu")
         stats = [torch.empty(n) for n in (plan.num_predictions, *plan.rows.shape, *plan.rows.shape)]
         z = logits.detach()[0].clone()
-        linear_rows.rows_fwd(z, 0, torch.zeros(plan.num_predictions), *stats, plan.tensors, 1.0, 20.0, True)
+        linear_rows.rows_fwd(z, 0, torch.zeros(plan.num_predictions), *stats, None, plan.tensors, 1.0, 20.0, True)
         return [out.detach(), *torch.autograd.grad(out.square().sum(), logits), z, *stats]
 
     first = run(1)

@@ -88,13 +88,21 @@ def test_opcheck_of_the_raw_ops(backend: str, device: str) -> None:
         ("frozen", (True, False, False)),
         ("store", (True, True, False)),
     ):
-        options = (V, 1.0, 0.0, "sum", 1.0, mode)
-        fwd = (hidden, weight, None, list(plan.tensors), *options, backend)
-        torch.library.opcheck(torch.ops.svpo.linear_step_logps_fwd, fwd)
-        out, *kept = torch.ops.svpo.linear_step_logps_fwd(*fwd)
-        if mode != "forward":
-            bwd = (torch.randn_like(out), hidden, weight, None, *kept, list(plan.tensors), *options, *needs, backend)
-            torch.library.opcheck(torch.ops.svpo.linear_step_logps_bwd, bwd)
+        low = (torch.randn(3, D).to(device), torch.randn(V, 3).to(device))
+        for entropy, factors in ((False, (None, None)), (mode != "frozen", low)):
+            mode = "logits" if mode == "store" and entropy else mode
+            options = (V, 1.0, 0.0, "sum", 1.0, mode, entropy, 0.5, "", [])
+            fwd = (hidden, weight, None, *factors, list(plan.tensors), *options, backend)
+            torch.library.opcheck(torch.ops.svpo.linear_step_logps_fwd, fwd)
+            out, entropies, *kept = torch.ops.svpo.linear_step_logps_fwd(*fwd)
+            if mode != "forward":
+                upstreams = (torch.randn_like(out), torch.randn_like(entropies))
+                wanted = [*needs, *(needs[1] and factor is not None for factor in factors)]
+                bwd = (*upstreams, *fwd[:5], *kept, list(plan.tensors), wanted, *options, backend)
+                torch.library.opcheck(torch.ops.svpo.linear_step_logps_bwd, bwd)
+                if needs[1]:
+                    main_grad = torch.randn(V, D).to(device)
+                    torch.library.opcheck(torch.ops.svpo.linear_step_logps_bwd_, (main_grad, *bwd))
     labels, step_ids = torch.randint(0, V, (2, 5)).to(device), torch.randint(-1, 3, (2, 5)).to(device)
     torch.library.opcheck(torch.ops.svpo.compact_plan, (labels, step_ids, 1, None))
 

@@ -91,8 +91,8 @@ SVPO_INLINE void between_labels(const Plan& plan, RowLabels own, int64_t from, i
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
-// What the forward finds: logp (N,), row_max and row_logsum (R,).
-struct RowStats { float *logp, *row_max, *row_logsum; };
+// What the forward finds: logp (N,), row_max and row_logsum (R,), and entropy (R,) if wanted, else null.
+struct RowStats { float *logp, *row_max, *row_logsum, *entropy; };
 
 // Raw logit of a distinct label: computed exactly beforehand, or the row's own column.
 template <class T>
@@ -119,7 +119,8 @@ void finish_row(const Plan& plan, int64_t r, RowLabels own, const T* z0, const f
   }
   const double m = finite_max(top);
   // The likeliest label comes last, so that its log-prob sees the sum of all others as it is.
-  double others = sum.s == 0.0 ? 0.0 : sum.s * exp(finite_max(sum.m) - m);
+  rescale(sum, top);
+  double others = sum.s;
   for (int64_t i = 0; i < own.count; ++i)
     if (i != likely) others += exp(logit(i) - m);
   double s = own.count ? others + exp(logit(likely) - m) : others;
@@ -131,6 +132,14 @@ void finish_row(const Plan& plan, int64_t r, RowLabels own, const T* z0, const f
     to.logp[own.order[i]] = static_cast<float>(svpo_logp(z, e, i == likely ? others : s - e));
   }
   for (int64_t n = begin; n < end; ++n) to.logp[n] = to.logp[plan.first[n]];
+  if (!to.entropy) return;
+  double weighted = sum.t;
+  for (int64_t i = 0; i < own.count; ++i) {
+    const double z = logit(i) - m, e = exp(z);
+    if (e > 0.0) weighted += e * z;
+  }
+  const double entropy = log(s) - weighted / s;
+  to.entropy[r] = static_cast<float>(entropy < 0.0 ? 0.0 : entropy);
 }
 
 // -- gradient ---------------------------------------------------------------------------------------------------------
@@ -169,6 +178,32 @@ void gradient_columns(const Plan& plan, int64_t r, RowLabels own, const RowGrad&
       });
 }
 
+// What the upstreams of log-probs and entropy mean for one row: G = sum of g_n, and the entropy's own.
+struct EntropyGrad { double total, entropy; };
+
+// dlogits of columns [from, to) of plan row r, in place too, with every label's own upstream g (N,), merged.
+//
+//   -p J (G + E (logp_j + H)),  at a label J (g (1 - p) - (G - g) p - E p (logp + H)): nothing cancels where it is likely
+template <Mode mode, class T>
+void entropy_gradient_columns(const Plan& plan, int64_t r, RowLabels own, const EntropyGrad& grad, const float* g,
+                              const T* z0, T* out, const float* exact, int64_t from, int64_t to, const Transform& t,
+                              const RowStats& stats) {
+  const double logsum = stats.row_logsum[r], H = stats.entropy[r], factor = -exp(-logsum) / t.temperature;
+  between_labels(
+      plan, own, from, to,
+      [&](int64_t a, int64_t b) {
+        weighted_gradient<mode>(z0 + a, out + a, b - a, t, stats.row_max[r], factor,
+                                grad.total + grad.entropy * (H - logsum), grad.entropy);
+      },
+      [&](int64_t n) {
+        const double slope = svpo_logit_slope(label_logit(plan, z0, exact, n), t.temperature, t.softcap);
+        const double logp = stats.logp[n], p = exp(logp);
+        double value = g[n] * svpo_one_minus_p(logp) - (grad.total - g[n]) * p;
+        if (p > 0.0) value -= grad.entropy * p * (logp + H);
+        out[plan.labels[n]] = from_float<T>(static_cast<float>(slope * value));
+      });
+}
+
 // -- a range of plan rows ---------------------------------------------------------------------------------------------
 
 // Log-probs and statistics of plan rows [first, last). row(r) points to the logits of plan row r, null where there is
@@ -187,11 +222,15 @@ int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, co
 
   auto scan_panel = [&](int64_t task) {
     const int64_t i = panels.row(task), r = first + i;
-    Partial& sum = partial[task] = {0.0, -__builtin_inff()};
+    Partial& sum = partial[task] = {0.0, -__builtin_inff(), 0.0};
     const T* z0 = row(r);
     if (!z0 || unit_only) return;
     between_labels(plan, labels[i], panels.from(task), panels.to(task),
-                   [&](int64_t from, int64_t to) { scan<mode>(z0 + from, to - from, t, sum); }, [](int64_t) {});
+                   [&](int64_t from, int64_t to) {
+                     if (stats.entropy) scan<mode, true>(z0 + from, to - from, t, sum);
+                     else scan<mode, false>(z0 + from, to - from, t, sum);
+                   },
+                   [](int64_t) {});
   };
   auto finish = [&](int64_t i) {
     const int64_t r = first + i;
@@ -199,10 +238,11 @@ int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, co
     if (!row(r)) {
       const float missing = plan.rows[r] < 0 ? 0.0f : __builtin_nanf("");
       stats.row_max[r] = stats.row_logsum[r] = missing;
+      if (stats.entropy) stats.entropy[r] = missing;
       for (int64_t n = plan.row_start[r]; n < plan.row_start[r + 1]; ++n) stats.logp[n] = missing;
       return;
     }
-    Partial sum = {0.0, -__builtin_inff()};
+    Partial sum = {0.0, -__builtin_inff(), 0.0};
     for (int64_t p = 0; p < panels.per_row; ++p) add_partial(sum, partial[i * panels.per_row + p]);
     finish_row(plan, r, labels[i], row(r), exact, sum, t, stats);
   };

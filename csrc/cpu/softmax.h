@@ -64,25 +64,35 @@ SVPO_INLINE Vec transformed(Vec z0, const Transform& t) {
 // Base-2 exponent of x against a maximum: m2 is m * log2(e) in fp32, `fix` what its rounding and that of `high` cost.
 struct Reference {
   float minus_m2;
-  double fix;
+  double fix, shift;  // fix = 2^shift
 };
 
 inline Reference reference(const Transform& t, float m) {
   const double exact = m * (t.mode == kPlain ? static_cast<double>(t.high) : kLog2E);
   const float m2 = static_cast<float>(exact);
-  return {-m2, exp2(m2 - exact)};
+  return {-m2, exp2(m2 - exact), m2 - exact};
+}
+
+template <Mode mode>
+SVPO_INLINE Vec exponent(Vec x, Vec minus_m2, const Transform& t) {
+  const Vec coarse = fma(set1(t.high), x, minus_m2);
+  return mode == kPlain ? coarse : fma(set1(t.low), x, coarse);
 }
 
 template <Mode mode>
 SVPO_INLINE Vec power(Vec x, Vec minus_m2, const Transform& t) {
-  const Vec coarse = fma(set1(t.high), x, minus_m2);
-  return vexp2(mode == kPlain ? coarse : fma(set1(t.low), x, coarse));
+  return vexp2(exponent<mode>(x, minus_m2, t));
 }
 
-// Maximum m of z and sum s of exp(z - m) of some columns. Nothing seen yet: m = -inf, s = 0.
+// An exponent to multiply its power with: where the power is 0 anyway, -256 stands in for what may be -inf.
+SVPO_INLINE Vec finite_exponent(Vec d) { return max(set1(-256.0f), d); }
+
+// Maximum m of z and sum s of exp(z - m) of some columns; for entropies also the sum t of exp(z - m) (z - m). Nothing
+// seen yet: m = -inf, s = 0.
 struct Partial {
   double s;
   float m;
+  double t;
 };
 
 // A finite stand-in for m where all z seen are -inf, so that their sum is 0 and not NaN.
@@ -90,13 +100,20 @@ SVPO_INLINE float finite_max(float m) { return m == -__builtin_inff() ? 0.0f : m
 
 inline void rescale(Partial& sum, float m) {
   if (!(m > sum.m)) return;
-  if (sum.s != 0.0) sum.s *= exp(static_cast<double>(finite_max(sum.m)) - static_cast<double>(m));
+  if (sum.s != 0.0) {
+    const double shift = static_cast<double>(finite_max(sum.m)) - static_cast<double>(m), factor = exp(shift);
+    sum.t = (sum.t + shift * sum.s) * factor;
+    sum.s *= factor;
+  }
   sum.m = m;
 }
 
 inline void add_partial(Partial& sum, Partial more) {
   rescale(sum, more.m);
-  if (more.s != 0.0) sum.s += more.s * exp(static_cast<double>(finite_max(more.m)) - finite_max(sum.m));
+  if (more.s == 0.0) return;
+  const double shift = static_cast<double>(finite_max(more.m)) - finite_max(sum.m), factor = exp(shift);
+  sum.t += (more.t + shift * more.s) * factor;
+  sum.s += more.s * factor;
 }
 
 // Whether the maximum's pass leaves x in a buffer for the sum's pass: where x costs more than a load.
@@ -145,8 +162,30 @@ SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& 
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// Adds columns z0[0 ... n) to a partial sum: one read from memory.
-template <Mode mode, class T>
+// The same sum, and that of the powers times their exponents.
+struct BlockSums { float powers, weighted; };
+
+template <Mode mode, class S, class T>
+SVPO_INLINE BlockSums block_sums(const S* x, int n, float minus_m2, const Transform& t, const T* next) {
+  const Vec bias = set1(minus_m2);
+  Vec sum[2] = {set1(0.0f), set1(0.0f)}, weighted[2] = {set1(0.0f), set1(0.0f)};
+  auto add = [&](Vec one, int k) {
+    const Vec d = exponent<mode>(one, bias, t), p = vexp2(d);
+    sum[k] = sum[k] + p;
+    weighted[k] = fma(p, finite_exponent(d), weighted[k]);
+  };
+  int i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    for (unsigned byte = 0; byte < 2 * kWidth * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
+    for (int k = 0; k < 2; ++k) add(load(x + i + k * kWidth), k);
+  }
+  for (; i < n; i += kWidth) add(load_n(x + i, n - i < kWidth ? n - i : kWidth, -__builtin_inff()), 0);
+  return {hsum(sum[0] + sum[1]), hsum(weighted[0] + weighted[1])};
+}
+
+// Adds columns z0[0 ... n) to a partial sum: one read from memory. `entropy` also sums t.
+template <Mode mode, bool entropy, class T>
 void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
   alignas(64) float stash[kStash<mode, T> ? kBlock : 1];
   float m = __builtin_nanf("");
@@ -156,6 +195,13 @@ void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
     const double top = block_max<mode>(z0 + i, len, t, stash);
     rescale(sum, static_cast<float>(mode == kPlain ? top : top * t.scale));
     if (m != sum.m) m = sum.m, to = reference(t, finite_max(m));
+    if (entropy) {
+      const BlockSums sums = kStash<mode, T> ? block_sums<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
+                                             : block_sums<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock);
+      sum.s += to.fix * sums.powers;
+      sum.t += to.fix / kLog2E * (sums.weighted + to.shift * sums.powers);
+      continue;
+    }
     sum.s += to.fix * (kStash<mode, T> ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
                                        : block_sum<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock));
   }
@@ -190,6 +236,24 @@ void gradient(const T* z0, T* grad, int64_t n, const Transform& t, float m, doub
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
     for (int k = 0; k < 4; ++k) store(grad + i + k * kWidth, one(load(z0 + i + k * kWidth)));
   partly(i, n);
+}
+
+// out = factor * J' * exp(z - m) * (constant + slope * (z - m)) of n columns, in place too: the gradient of log-probs and
+// of an entropy together.
+template <Mode mode, class T>
+void weighted_gradient(const T* z0, T* out, int64_t n, const Transform& t, float m, double factor, double constant,
+                       double slope) {
+  const Reference to = reference(t, finite_max(m));
+  const Vec bias = set1(to.minus_m2), f = set1(static_cast<float>(factor * to.fix));
+  const Vec b = set1(static_cast<float>(slope / kLog2E)), a = set1(static_cast<float>(constant + slope / kLog2E * to.shift));
+  auto one = [&](Vec raw) {
+    const Vec x = transformed<mode>(raw, t), d = exponent<mode>(x, bias, t);
+    const Vec y = vexp2(d) * f * fma(b, finite_exponent(d), a);
+    return mode == kCapped ? y * fnma(x, x, set1(1.0f)) : y;
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, one(load(z0 + i)));
+  if (i < n) store_n(out + i, one(load_n(z0 + i, static_cast<int>(n - i), 0.0f)), static_cast<int>(n - i));
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ extern "C" int SVPO_ENTRY(step_logps_fwd)(
     const int64_t* step_start, int64_t R, int64_t N, int64_t S, int64_t vocab_size, double temperature, double softcap,
     int reduction, float* out, float* logp, float* row_max, float* row_logsum, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
-  const RowStats stats = {logp, row_max, row_logsum};
+  const RowStats stats = {logp, row_max, row_logsum, nullptr};
   const Transform t = make_transform(temperature, softcap);
   const int status = for_dtype_and_mode(dtype, t.mode, [&](auto type, auto tag) {
     using T = decltype(type);
@@ -79,7 +79,8 @@ extern "C" int SVPO_ENTRY(step_logps_bwd)(
     const int64_t* first, const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S,
     int64_t vocab_size, double temperature, double softcap, int reduction, int separate, int fresh, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
-  const RowStats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum)};
+  const RowStats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
+                          nullptr};
   const Transform t = make_transform(temperature, softcap);
   const Upstream upstream = {grad_out, step_ids, step_start, S, reduction};
   return for_dtype_and_mode(dtype, t.mode, [&](auto type, auto tag) {

@@ -1,4 +1,4 @@
-"""Log-probs of steps from hidden states and lm_head: reference -> modes -> products -> cpu -> this file.
+"""Log-probs of steps from hidden states and lm_head: reference -> modes -> head -> products -> cpu -> this file.
 
 The (T, V) logits are never made: scored rows are gathered, the products run in chunks, and all that lies between them
 is one pass of a kernel over the chunk.
@@ -6,7 +6,7 @@ is one pass of a kernel over the chunk.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,22 @@ from .. import dispatch
 from .._autograd import once_differentiable
 from .._checks import fail, require_float, require_positive, require_same_device, require_shape
 from ..plan import PlanTensors, StepPlan, flatten
-from ..step_logps import accumulator, as_plan, check_bounds, check_options, fake_rows
+from ..step_logps import as_plan, check_bounds, check_options, fake_rows
 from . import modes
-
-
-class Options(NamedTuple):
-    """The scalars of the raw ops, in their order. softcap 0.0 means none."""
-
-    vocab_size: int
-    temperature: float
-    softcap: float
-    reduction: str
-    logits_budget_mb: float
-    mode: str
-
+from .modes import Options
 
 # -- raw ops ----------------------------------------------------------------------------------------------------------
 
 
 def _check_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], vocab_size: int, *_: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    plan: list[Tensor],
+    vocab_size: int,
+    *_: Any,
 ) -> None:
     check_bounds("linear_step_logps", PlanTensors(*plan), hidden.shape[0] * hidden.shape[1], vocab_size, "hidden")
 
@@ -43,46 +39,63 @@ def _fake_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     plan: list[Tensor],
-    vocab_size: int,
-    temperature: float,
-    softcap: float,
-    reduction: str,
-    logits_budget_mb: float,
-    mode: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    rows, labels = PlanTensors(*plan).rows, PlanTensors(*plan).labels
-    kept = modes.budget(vocab_size, hidden.element_size(), logits_budget_mb, hidden.device.type, mode).kept
-    saved = modes.saved_shape(mode, rows.shape[0], hidden.shape[-1], vocab_size, kept)
-    label_z0 = hidden.new_empty(labels.shape[0], dtype=accumulator(hidden.dtype))
-    return *fake_rows(hidden, plan, reduction), label_z0, hidden.new_empty(saved)
+    o, view = Options(*options), PlanTensors(*plan)
+    R, N = view.rows.shape[0], view.labels.shape[0]
+    D = hidden.shape[-1] + (0 if lora_a is None else lora_a.shape[0])
+    saved = modes.saved_shape(o.mode, R, D, o.vocab_size, modes.limits(o.vocab_size, hidden, o).kept)
+    out, *stats = fake_rows(hidden, plan, o.reduction)
+    entropies, entropy = (out.new_empty(size if o.entropy else 0) for size in (N, R))
+    return out, entropies, *stats, entropy, out.new_empty(N), hidden.new_empty(saved)
 
 
-def _fake_bwd(grad_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    needs = rest[-3:]
+def _fake_bwd(
+    grad_out: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *rest: Any,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    needs = list(rest[7])
+    needs[1] = needs[1] and main_grad is None
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
-        for t, needed in zip((hidden, weight, bias), needs, strict=True)
+        for t, needed in zip((hidden, weight, bias, lora_a, lora_b), needs, strict=True)
     )
 
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, "
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
 _OPTIONS = (
-    "Tensor[] plan, SymInt vocab_size, float temperature, float softcap, str reduction, "
-    "float logits_budget_mb, str mode, "
+    "SymInt vocab_size, float temperature, float softcap, str reduction, float logits_budget_mb, str keep, "
+    "bool return_entropy, float lora_scaling, str group, int[] shards, "
 )
 dispatch.define(
     __name__,
-    f"linear_step_logps_fwd({_INPUTS}{_OPTIONS}str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_step_logps_fwd({_INPUTS}Tensor[] plan, {_OPTIONS}str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     check=_check_fwd,
 )
+_BWD = (
+    f"Tensor grad_out, Tensor grad_entropy, {_INPUTS}Tensor logp, Tensor row_max, Tensor row_logsum, "
+    f"Tensor row_entropy, Tensor label_z0, Tensor saved, Tensor[] plan, bool[] needs, {_OPTIONS}str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(__name__, f"linear_step_logps_bwd({_BWD}", _fake_bwd)
+# The same, with dW added to main_grad instead of returned.
 dispatch.define(
     __name__,
-    f"linear_step_logps_bwd(Tensor grad_out, {_INPUTS}Tensor logp, Tensor row_max, Tensor row_logsum, Tensor label_z0, "
-    f"Tensor saved, {_OPTIONS}bool needs_hidden, bool needs_weight, bool needs_bias, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fake_bwd,
+    f"linear_step_logps_bwd_(Tensor(a!) main_grad, {_BWD}",
+    lambda main_grad, *args: _fake_bwd(*args, main_grad=main_grad),
+    call=lambda backend, main_grad, *args: backend.linear_step_logps_bwd(*args, main_grad=main_grad),
 )
 
 
@@ -92,32 +105,30 @@ dispatch.define(
 class _LinearStepLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, backend: str, *plan: Tensor
-    ) -> Tensor:
-        out, *kept = torch.ops.svpo.linear_step_logps_fwd(hidden, weight, bias, list(plan), *options, backend)
-        ctx.save_for_backward(hidden, weight, bias, *kept, *plan)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        options: Options,
+        backend: str,
+        *plan: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        inputs = (hidden, weight, bias, lora_a, lora_b)
+        out, entropies, *kept = torch.ops.svpo.linear_step_logps_fwd(*inputs, list(plan), *options, backend)
+        ctx.save_for_backward(*inputs, *kept, *plan)
         ctx.options, ctx.backend = options, backend
-        return out
+        return (out, entropies) if options.entropy else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, logp, row_max, row_logsum, label_z0, saved, *plan = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+    def backward(ctx: Any, grad_out: Tensor, grad_entropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        inputs, kept, plan = saved[:5], saved[5:11], list(saved[11:])
+        entropies = grad_out.new_empty(0) if grad_entropy is None else grad_entropy.contiguous()
         grads = torch.ops.svpo.linear_step_logps_bwd(
-            grad_out.contiguous(),
-            hidden,
-            weight,
-            bias,
-            logp,
-            row_max,
-            row_logsum,
-            label_z0,
-            saved,
-            plan,
-            *ctx.options,
-            *needs,
-            ctx.backend,
+            grad_out.contiguous(), entropies, *inputs, *kept, plan, list(needs), *ctx.options, ctx.backend
         )
         given = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return *given, None, None, *(None for _ in plan)
@@ -146,17 +157,18 @@ def linear_step_logps(
     lora_scaling: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each step from hidden states and the lm_head, without the (T, V) logits.
 
     Equivalent to:
 
         logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = logits + lora_scaling * (hidden @ lora_a.T) @ lora_b.T             # with low-rank factors
         out = step_logps(logits, labels, step_ids, shift=shift, ...)
 
-    Only the scored rows are gathered and multiplied. Differentiable in hidden, weight and bias, exactly, for any
-    upstream gradient: 2 matrix products forward + backward when only hidden needs a gradient (frozen head), 3 when the
-    head trains and U fits the budget, 4 for the rows beyond it.
+    Only the scored rows are gathered and multiplied. Differentiable in hidden, weight, bias, lora_a and lora_b,
+    exactly, for any upstream gradient: 2 matrix products forward + backward when only hidden needs a gradient (frozen
+    head) or hidden and the low-rank factors, 3 when weight trains, one more for the rows that the budget cannot keep.
 
     Args:
         hidden: (B, L, D) or (T, D), fp32, bf16, fp16 (fp64 on the reference); last dimension contiguous.
@@ -168,11 +180,16 @@ def linear_step_logps(
         bias: (V,) or None.
         logits_budget_mb: MiB; bounds all (rows, V) memory of the op, kept and scratch together. A chunk has at least 64
             rows on the CPU and 256 on CUDA even when the budget is smaller.
-        process_group, lora_a, lora_b, lora_scaling, return_entropy: not in this version; anything but the default
-            raises.
+        process_group: not in this version; anything but None raises.
+        lora_a, lora_b, lora_scaling: (r, D), (V, r): low-rank factors on the head as `peft` puts them there (without
+            dropout), in hidden's dtype or fp32, never merged into weight.
+        return_entropy: also return the entropy of each prediction's row, -sum of p log p. Its gradient is no multiple
+            of the unit gradient, so the (rows, V) products are kept even when the head is frozen.
 
     Returns:
         (S,), (N,) or labels' shape, fp32 (fp64 for fp64). A step without predictions gives 0 and takes no gradient.
+        With return_entropy a pair of it and the entropies, (N,) with a plan, labels' shape with 0 where unscored in
+        tensor form.
 
     Raises:
         TypeError, ValueError, IndexError as `step_logps`.
@@ -181,39 +198,39 @@ def linear_step_logps(
     upstream factored out of the unit gradient so that it can be applied after the product.
     """
     op = "linear_step_logps"
-    for name, value, default in (
-        ("process_group", process_group, None),
-        ("lora_a", lora_a, None),
-        ("lora_b", lora_b, None),
-        ("lora_scaling", lora_scaling, 1.0),
-        ("return_entropy", return_entropy, False),
-    ):
-        if value is not default and value != default:
-            fail(op, name, f"{default} (this version does not support it yet)", value)
+    if process_group is not None:
+        fail(op, "process_group", "None (this version does not support it yet)", process_group)
     require_float(op, "hidden", hidden)
     require_float(op, "weight", weight)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias, lora_a, lora_b = _autocast(hidden, weight, bias, lora_a, lora_b)
     _check_head(op, hidden, weight, bias)
+    _check_lora(op, hidden, weight, lora_a, lora_b)
     require_positive(op, "logits_budget_mb", logits_budget_mb)
     base = check_options(op, weight.shape[0], vocab_size, temperature, softcap, reduction)
     plan = as_plan(op, hidden, labels, step_ids, shift, num_steps, _compact)
-    needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    mode = modes.mode(*needs, torch.is_grad_enabled())
-    options = Options(*base, float(logits_budget_mb), mode)
+    needs, needs_lora = _requires_grad(hidden, weight, bias), any(_requires_grad(lora_a, lora_b))
+    mode = modes.mode(*needs, torch.is_grad_enabled(), bool(return_entropy), needs_lora)
+    options = Options(*base, float(logits_budget_mb), mode, bool(return_entropy), float(lora_scaling))
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
-    out = _LinearStepLogps.apply(batched, weight, bias, options, backend, *plan)
-    if reduction == "none" and isinstance(labels, Tensor):
-        return _spread(out, labels, step_ids, shift)
-    return out
+    result = _LinearStepLogps.apply(batched, weight, bias, lora_a, lora_b, options, backend, *plan)
+    out, entropies = result if return_entropy else (result, None)
+    if isinstance(labels, Tensor):
+        out = _spread(out, labels, step_ids, shift) if reduction == "none" else out
+        entropies = _spread(entropies, labels, step_ids, shift) if return_entropy else None
+    return (out, entropies) if return_entropy else out
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _requires_grad(*tensors: Tensor | None) -> list[bool]:
+    return [t is not None and t.requires_grad for t in tensors]
+
+
+def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The casts that `F.linear` makes under autocast."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
+        return hidden, *others
     dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden.to(dtype), *(None if t is None else t.to(dtype) for t in others)
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -228,6 +245,23 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
             require_same_device(op, name, value, "hidden", hidden)
     if bias is not None:
         require_shape(op, "bias", bias, (weight.shape[0],), "(V,)")
+
+
+def _check_lora(op: str, hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+    for name, value, other in (("lora_a", lora_a, lora_b), ("lora_b", lora_b, lora_a)):
+        if value is None and other is not None:
+            fail(op, name, "given: lora_a and lora_b come together", value)
+    if lora_a is None:
+        return
+    dtypes = (hidden.dtype, torch.promote_types(hidden.dtype, torch.float32))
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        require_float(op, name, value)
+        if value.dtype not in dtypes or value.dtype != lora_a.dtype:
+            fail(op, name, f"{hidden.dtype} like hidden, or float32, the same for both factors", value, TypeError)
+        require_same_device(op, name, value, "hidden", hidden)
+    rank = lora_a.shape[0]
+    require_shape(op, "lora_a", lora_a, (rank, hidden.shape[-1]), "(r, D)")
+    require_shape(op, "lora_b", lora_b, (weight.shape[0], rank), "(V, r)")
 
 
 def _compact(

@@ -26,27 +26,39 @@ def label_dots(h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors
 
 
 def rows_fwd(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float, softcap: float, write_unit: bool,
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor | None, plan: PlanTensors, temperature: float, softcap: float, write_unit: bool,
 ) -> None:
-    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit, False)
+    stats = (label_z0, logp, row_max, row_logsum, entropy)
+    _linear_rows(z, first_row, *stats, plan, temperature, softcap, write_unit, False)
 
 
 def rows_unit(
     z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
     temperature: float, softcap: float,
 ) -> None:
-    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, True, True)
+    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, None, plan, temperature, softcap, True, True)
 
 
 def _linear_rows(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float, softcap: float, unit: bool, unit_only: bool,
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor | None, plan: PlanTensors, temperature: float, softcap: float, unit: bool, unit_only: bool,
 ) -> None:
     _native.cpu().linear_rows(
         z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + z.shape[0], *_rows(plan),
         label_z0.data_ptr(), z.shape[1], temperature, softcap, logp.data_ptr(), row_max.data_ptr(),
-        row_logsum.data_ptr(), int(unit), int(unit_only), _native.threads())
+        row_logsum.data_ptr(), _native.pointer(entropy), int(unit), int(unit_only), _native.threads())
+
+
+def rows_grad(
+    z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, temperature: float, softcap: float,
+) -> None:
+    _native.cpu().linear_rows_grad(
+        z.data_ptr(), out.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), out.stride(0), first_row,
+        first_row + z.shape[0], *_rows(plan), label_z0.data_ptr(), z.shape[1], temperature, softcap, logp.data_ptr(),
+        row_max.data_ptr(), row_logsum.data_ptr(), entropy.data_ptr(), g.data_ptr(), G.data_ptr(), E.data_ptr(),
+        _native.threads())
 
 
 def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
@@ -96,7 +108,7 @@ def _rows(plan: PlanTensors) -> tuple[int, ...]:
 
 
 KERNELS = products.RowKernels(
-    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, reduce_steps=reduce_steps, row_grads=row_grads,
-    branch_hidden=branch_hidden, branch_weight=branch_weight,
+    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, rows_grad=rows_grad,
+    reduce_steps=reduce_steps, row_grads=row_grads, branch_hidden=branch_hidden, branch_weight=branch_weight,
 )
 linear_step_logps_fwd, linear_step_logps_bwd = products.raw_ops(KERNELS)

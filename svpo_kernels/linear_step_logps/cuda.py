@@ -27,9 +27,11 @@ def label_dots(h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors
 
 
 def rows_fwd(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float, softcap: float, write_unit: bool,
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor | None, plan: PlanTensors, temperature: float, softcap: float, write_unit: bool,
 ) -> None:
+    if entropy is not None:
+        rows_grad()
     _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit, False)
 
 
@@ -50,6 +52,10 @@ def _linear_rows(
         z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + count, *_rows(plan),
         label_z0.data_ptr(), V, temperature, softcap, logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
         int(unit), int(unit_only), room.data_ptr(), room.numel(), *_native.device_and_stream(z))
+
+
+def rows_grad(*_: object) -> None:
+    raise NotImplementedError("linear_step_logps: backend 'cuda' has no entropies and no training low-rank factors yet")
 
 
 def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
@@ -104,7 +110,7 @@ def _rows(plan: PlanTensors) -> tuple[int, ...]:
 
 
 KERNELS = products.RowKernels(
-    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, reduce_steps=reduce_steps, row_grads=row_grads,
-    branch_hidden=branch_hidden, branch_weight=branch_weight,
+    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, rows_grad=rows_grad, reduce_steps=reduce_steps,
+    row_grads=row_grads, branch_hidden=branch_hidden, branch_weight=branch_weight,
 )
 linear_step_logps_fwd, linear_step_logps_bwd = products.raw_ops(KERNELS)

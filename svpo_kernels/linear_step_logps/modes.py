@@ -3,11 +3,14 @@
 | mode    | when                                    | products       | kept                                        |
 | ------- | --------------------------------------- | -------------- | ------------------------------------------- |
 | forward | no gradient is needed                   | 1              | nothing                                     |
-| frozen  | only hidden needs a gradient            | 2              | U W, (R, D)                                 |
+| frozen  | only hidden needs a gradient            | 2              | U W and U B, (R, D + r)                     |
 | store   | weight or bias needs one                | 3              | U, (kept, V), as far as the budget reaches  |
-|         | the rows that the budget cannot keep    | 4              | their row statistics: "recompute"           |
+| logits  | entropies, or low-rank factors train    | 3 (2 if not W) | z, (kept, V), as far as the budget reaches  |
+|         | the rows that the budget cannot keep    | one more       | their row statistics: "recompute"           |
 
 U is the unit gradient of a row, J * (onehot(l*) - softmax(z)): the upstream gradient is only a factor in front of it.
+That of an entropy is no multiple of U, and a product with few columns would show how U and the terms of a branching row
+cancel: there the backward makes the whole gradient from z. Products with low-rank factors are not counted.
 """
 
 from __future__ import annotations
@@ -15,17 +18,50 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-MODES = ("forward", "frozen", "store")
+MODES = ("forward", "frozen", "store", "logits")
 MOST_ROWS = 4096  # a longer chunk does not make the products any faster
 LEAST_ROWS = {"cuda": 256, "cpu": 64}  # fewer rows leave the matrix units waiting for the weight
 
 
-def mode(needs_hidden: bool, needs_weight: bool, needs_bias: bool, grad_enabled: bool, entropy: bool = False) -> str:
-    """The mode of a call. The gradient of an entropy is no multiple of U, so U W cannot be made in the forward."""
-    if not grad_enabled or not (needs_hidden or needs_weight or needs_bias):
+class Options(NamedTuple):
+    """The scalars of the raw ops, in their order.
+
+    softcap 0.0 means none. vocab_size counts columns of all shards together. group: name of the process group that
+    shares the vocabulary, "" for none; shards: columns of each of its processes, in rank order.
+    """
+
+    vocab_size: int
+    temperature: float
+    softcap: float
+    reduction: str
+    logits_budget_mb: float
+    mode: str
+    entropy: bool = False
+    lora_scaling: float = 1.0
+    group: str = ""
+    shards: tuple[int, ...] = ()
+
+    @property
+    def transform(self) -> tuple[float, float]:
+        return self.temperature, self.softcap
+
+
+def mode(
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    grad_enabled: bool,
+    entropy: bool = False,
+    needs_lora: bool = False,
+) -> str:
+    """The mode of a call."""
+    if not grad_enabled or not (needs_hidden or needs_weight or needs_bias or needs_lora):
         return "forward"
-    return "store" if needs_weight or needs_bias or entropy else "frozen"
+    if entropy or needs_lora:
+        return "logits"
+    return "store" if needs_weight or needs_bias else "frozen"
 
 
 class Budget(NamedTuple):
@@ -38,22 +74,28 @@ class Budget(NamedTuple):
 def budget(V: int, itemsize: int, logits_budget_mb: float, device_type: str, mode: str) -> Budget:
     """Split `logits_budget_mb` (MiB) between kept rows and scratch rows; free of R, so that compiled graphs are too.
 
-    A chunk is at most MOST_ROWS and at least LEAST_ROWS rows, even when the budget is smaller. In store mode a quarter
-    of the budget stays scratch for the rows beyond it; when all rows can be kept that quarter is never allocated.
+    V: columns of the widest shard, so that every process cuts alike. A chunk is at most MOST_ROWS and at least
+    LEAST_ROWS rows, even when the budget is smaller. Where (rows, V) is kept a quarter of the budget stays scratch for
+    the rows beyond it; in store mode, when all rows can be kept, that quarter is never allocated.
     """
     least = LEAST_ROWS.get(device_type, LEAST_ROWS["cuda"])
     rows = int(logits_budget_mb * 2**20) // max(1, V * itemsize)
-    if mode != "store":
+    if mode not in ("store", "logits"):
         return Budget(0, min(max(rows, least), MOST_ROWS))
     chunk = min(max(rows // 4, least), MOST_ROWS)
     return Budget(max(0, rows - chunk), chunk)
 
 
+def limits(V: int, h: Tensor, o: Options) -> Budget:
+    """The budget of a call. V: columns of the widest shard; h: hidden, or rows of it."""
+    return budget(V, h.element_size(), o.logits_budget_mb, h.device.type, o.mode)
+
+
 def saved_shape(mode: str, R: Any, D: Any, V: Any, kept: int) -> tuple[Any, Any]:
-    """Shape of what is kept between forward and backward; R may be symbolic."""
+    """Shape of what is kept between forward and backward; R may be symbolic. D counts low-rank columns too."""
     if mode == "frozen":
         return R, D
-    return (torch.sym_min(R, kept), V) if mode == "store" else (0, V)
+    return (torch.sym_min(R, kept), V) if mode in ("store", "logits") else (0, V)
 
 
 def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -62,3 +104,9 @@ def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     count = -(-rows // size) if rows > 0 else 0
     edges = [start + rows * i // count for i in range(count + 1)] if count else [start]
     return list(zip(edges, edges[1:], strict=False))
+
+
+def parts(R: int, kept: int, chunk: int, mode: str) -> list[tuple[int, int]]:
+    """Rows that a backward multiplies with at a time: all kept U at once, but a gradient made from z needs scratch."""
+    first = chunks(0, kept, chunk) if mode == "logits" else [(0, kept)] if kept else []
+    return first + chunks(kept, R, chunk)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _memory
-from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows
+from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows, spread_rows
 from . import modes
-
-FEW_COLUMNS = 1024  # up to here db is summed in fp64; beyond, many entries average its rounding
+from .head import Head, HeadGradients
 
 
 class RowKernels(NamedTuple):
@@ -28,12 +27,17 @@ class RowKernels(NamedTuple):
 
     # (h, weight, bias, plan) -> (N,) exact fp32 dots h . W[l] + b[l], once per distinct (row, label); 0 for padding
     label_dots: Callable[..., Tensor]
-    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap, write_unit) -> None
-    #   fills logp, row_max, row_logsum of these rows; with write_unit z becomes U; a padding row: logp 0 and U 0
+    # (z, first_row, label_z0, logp, row_max, row_logsum, entropy, plan, temperature, softcap, write_unit) -> None
+    #   fills logp, row_max, row_logsum and, unless it is None, entropy (R,) of these rows; with write_unit z becomes U;
+    #   a padding row: statistics 0 and U 0
     rows_fwd: Callable[..., None]
     # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap) -> None
     #   z becomes U, bitwise as above
     rows_unit: Callable[..., None]
+    # (z, out, first_row, label_z0, logp, row_max, row_logsum, entropy, g, G, E, plan, temperature, softcap) -> None
+    #   out, which may be z, = the whole gradient, upstreams of the entropies E (R,) included:
+    #   J (sum_n g_n onehot(l_n) - p (G + E (log p + entropy))); where p = 0 that is 0, -inf logits included
+    rows_grad: Callable[..., None]
     # (logp, plan, reduction) -> (S,) or (N,)
     reduce_steps: Callable[..., Tensor]
     # (grad_out, plan, reduction) -> g (N,), G (R,)
@@ -49,29 +53,26 @@ class RowKernels(NamedTuple):
 def raw_ops(kernels: RowKernels) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
     """A backend's linear_step_logps_fwd and linear_step_logps_bwd: arguments and results of the reference's."""
 
-    def linear_step_logps_fwd(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], *options: Any
-    ) -> tuple[Tensor, ...]:
-        return forward(kernels, hidden, weight, bias, [index.contiguous() for index in plan], *options)
+    def linear_step_logps_fwd(*args: Any) -> tuple[Tensor, ...]:
+        return forward(kernels, *args)
 
-    def linear_step_logps_bwd(
-        grad_out: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logp: Tensor,
-        row_max: Tensor,
-        row_logsum: Tensor,
-        label_z0: Tensor,
-        saved: Tensor,
-        plan: list[Tensor],
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        kept = (logp, row_max, row_logsum, label_z0, saved)
-        plan = [index.contiguous() for index in plan]
-        return backward(kernels, grad_out, hidden, weight, bias, *kept, plan, *options)
+    def linear_step_logps_bwd(*args: Any, main_grad: Tensor | None = None) -> tuple[Tensor, ...]:
+        return backward(kernels, *args, main_grad=main_grad)
 
     return linear_step_logps_fwd, linear_step_logps_bwd
+
+
+class Stats(NamedTuple):
+    """What the forward finds: label_z0, logp (N,), row_max, row_logsum and, if asked for, entropy (R,), fp32."""
+
+    label_z0: Tensor
+    logp: Tensor
+    row_max: Tensor
+    row_logsum: Tensor
+    entropy: Tensor | None
+
+
+# -- forward --------------------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -79,142 +80,167 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     plan: list[Tensor],
-    vocab_size: int,
-    temperature: float,
-    softcap: float,
-    reduction: str,
-    logits_budget_mb: float,
-    mode: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Returns out (S,) or (N,), logp (N,), row_max (R,), row_logsum (R,), label_z0 (N,) and what the mode keeps."""
-    view = PlanTensors(*plan)
+    """Returns out (S,) or (N,), entropies (N,), logp (N,), row_max (R,), row_logsum (R,), the rows' entropy (R,),
+    label_z0 (N,) and what the mode keeps. Entropies have size 0 unless they are asked for."""
+    o, view = modes.Options(*options), PlanTensors(*(index.contiguous() for index in plan))
     h = gather_rows(hidden, view.rows)
-    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-    R, D = h.shape
-    limit = modes.budget(vocab_size, h.element_size(), logits_budget_mb, h.device.type, mode)
-    label_z0 = kernels.label_dots(h, weight, bias, view)
-    logp = label_z0.new_zeros(view.labels.shape[0])
-    row_max, row_logsum = label_z0.new_zeros(R), label_z0.new_zeros(R)
-    saved = _memory.empty(h, modes.saved_shape(mode, R, D, vocab_size, limit.kept)).tensor
-    kept = saved.shape[0] if mode == "store" else 0
-    buffer = scratch(h, R - kept, limit.chunk, vocab_size)
-    rest = modes.chunks(kept, R, limit.chunk)
-    for start, stop in [*modes.chunks(0, kept, modes.MOST_ROWS), *rest]:
+    head = Head(weight, bias, lora_a, lora_b, o.lora_scaling).cut(o.vocab_size)
+    V, (R, D) = head.weight.shape[0], h.shape
+    low = head.low(h)
+    label_z0 = head.label_logits(kernels, h, low, view)
+    stats = Stats(
+        label_z0, label_z0.new_zeros(view.labels.shape[0]), *(label_z0.new_zeros(R) for _ in range(2)),
+        label_z0.new_zeros(R) if o.entropy else None,
+    )
+    limit = modes.limits(V, h, o)
+    saved = _memory.empty(h, modes.saved_shape(o.mode, R, D + head.rank, V, limit.kept)).tensor
+    kept = 0 if o.mode == "frozen" else saved.shape[0]
+    buffer = scratch(h, R - kept, limit.chunk, V)
+    for start, stop in [*modes.chunks(0, kept, modes.MOST_ROWS), *modes.chunks(kept, R, limit.chunk)]:
         z = saved[start:stop] if stop <= kept else buffer[: stop - start]
-        product(h[start:stop], weight, bias, out=z)
-        write_unit = mode == "frozen" or stop <= kept
-        kernels.rows_fwd(z, start, label_z0, logp, row_max, row_logsum, view, temperature, softcap, write_unit)
-        if mode == "frozen":
-            torch.mm(z, weight, out=saved[start:stop])
-    return kernels.reduce_steps(logp, view, reduction), logp, row_max, row_logsum, label_z0, saved
+        head.product(h[start:stop], None if low is None else low[start:stop], out=z)
+        unit = o.mode == "frozen" or (o.mode == "store" and stop <= kept)
+        kernels.rows_fwd(z, start, *stats, view, *o.transform, unit)
+        if o.mode == "frozen":
+            torch.mm(z, head.weight, out=saved[start:stop, :D])
+            if head.rank:
+                saved[start:stop, D:] = head.low_product(z)
+    out, none = kernels.reduce_steps(stats.logp, view, o.reduction), stats.logp.new_empty(0)
+    if stats.entropy is None:
+        return out, none, *stats[1:4], none.clone(), label_z0, saved
+    return out, spread_rows(stats.entropy, view), *stats[1:5], label_z0, saved
+
+
+# -- backward -------------------------------------------------------------------------------------------------------
 
 
 def backward(
     kernels: RowKernels,
     grad_out: Tensor,
+    grad_entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     logp: Tensor,
     row_max: Tensor,
     row_logsum: Tensor,
+    entropy: Tensor,
     label_z0: Tensor,
     saved: Tensor,
     plan: list[Tensor],
-    vocab_size: int,
-    temperature: float,
-    softcap: float,
-    reduction: str,
-    logits_budget_mb: float,
-    mode: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; a tensor of size 0 for one that is not needed."""
-    view = PlanTensors(*plan)
-    used, used_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    needs: list[bool],
+    *options: Any,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of hidden, weight, bias, lora_a and lora_b; a tensor of size 0 for one that is not needed,
+    and for weight's when main_grad, fp32 like weight, has taken it."""
+    o, view = modes.Options(*options), PlanTensors(*(index.contiguous() for index in plan))
     h = gather_rows(hidden, view.rows)
-    g, G = kernels.row_grads(grad_out, view, reduction)
-    R, D = h.shape
-    limit = modes.budget(vocab_size, h.element_size(), logits_budget_mb, h.device.type, mode)
-    kept = saved.shape[0] if mode == "store" else 0
-    scaled = (h * G.unsqueeze(1)).to(h.dtype) if needs_weight else h
-    head = HeadGradient(weight, bias, vocab_size, needs_weight, needs_bias, single=kept == R)
+    whole = Head(weight, bias, lora_a, lora_b, o.lora_scaling)
+    head = whole.cut(o.vocab_size)
+    stats = Stats(label_z0, logp, row_max, row_logsum, entropy if o.entropy else torch.zeros_like(row_max))
+    upstream = Upstream.of(kernels, grad_out, grad_entropy, stats, view, o)
+    grads = HeadGradients(whole, head, needs, main_grad)
+    if o.mode == "frozen":
+        uw, ub = saved[:, : h.shape[1]], saved[:, h.shape[1] :]
+    else:
+        uw, ub = _unit_products(kernels, head, h, stats, upstream, saved, grads, view, o)
+    needs_hidden, _, _, needs_a, _ = needs
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
-    options = (temperature, softcap)
-    terms = branch_terms(label_z0, logp, g, view, vocab_size, *options)
+    dlow = upstream.apply(kernels, ub, head.lora_b, view) if head.rank and (needs_hidden or needs_a) else None
+    if needs_hidden:
+        drows = upstream.apply(kernels, uw, head.weight, view)
+        if dlow is not None:
+            head.add_low(drows, dlow)
+        scatter_rows(dhidden, view.rows, drows)
+    da = head.grad_a(h, dlow).to(lora_a.dtype) if needs_a else hidden.new_empty(0)
+    dweight, dbias, db = grads.finish(kernels, h, upstream.terms, view)
+    return dhidden, dweight, dbias, da, db
 
-    if mode == "frozen":
-        scatter_rows(dhidden, view.rows, kernels.branch_hidden(saved, used, terms, G, view, 0))
-        return dhidden, *head.finish()
-    buffer = scratch(h, R - kept, limit.chunk, vocab_size)
-    uw = h.new_empty(R, D) if needs_hidden else None
-    # What was kept is one product; what was not is made again, chunk by chunk.
-    parts = ([(0, kept)] if kept else []) + modes.chunks(kept, R, limit.chunk)
+
+class Upstream(NamedTuple):
+    """How the rows that the backward multiplies with become gradients: dz0 = factor U + terms.
+
+    In logits mode the upstreams are in the rows already: no factor, no terms. g (N,), G and E (R,): of the log-probs
+    and of the entropies.
+    """
+
+    g: Tensor
+    G: Tensor
+    E: Tensor | None
+    terms: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        kernels: RowKernels,
+        grad_out: Tensor,
+        grad_entropy: Tensor,
+        stats: Stats,
+        plan: PlanTensors,
+        o: modes.Options,
+    ) -> Upstream:
+        g, G = kernels.row_grads(grad_out, plan, o.reduction)
+        if o.mode == "logits":
+            E = kernels.row_grads(grad_entropy, plan, "none")[1] if o.entropy else torch.zeros_like(G)
+            return cls(g, G, E, None)
+        return cls(g, G, None, branch_terms(stats.label_z0, stats.logp, g, plan, o.vocab_size, *o.transform))
+
+    def scaled(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        return rows[start:stop] if self.E is not None else (rows[start:stop] * self.G[start:stop, None]).to(rows.dtype)
+
+    def apply(self, kernels: RowKernels, uw: Tensor, weight: Tensor, plan: PlanTensors) -> Tensor:
+        """Rows of dz0 W from those of U W."""
+        if self.terms is None:
+            return uw
+        return kernels.branch_hidden(uw, weight.to(uw.dtype), self.terms, self.G, plan, 0)
+
+
+def _unit_products(
+    kernels: RowKernels,
+    head: Head,
+    h: Tensor,
+    stats: Stats,
+    upstream: Upstream,
+    saved: Tensor,
+    grads: HeadGradients,
+    plan: PlanTensors,
+    o: modes.Options,
+) -> tuple[Tensor | None, Tensor | None]:
+    """U W (R, D) and U B (R, r) as far as they are needed, and every part of U to the head's gradients.
+
+    In logits mode U is the whole gradient. What was not kept is multiplied again, chunk by chunk.
+    """
+    (R, D), V, kept = h.shape, head.weight.shape[0], saved.shape[0]
+    limit = modes.limits(V, h, o)
+    parts = modes.parts(R, kept, limit.chunk, o.mode)
+    buffer = scratch(h, R if o.mode == "logits" else R - kept, limit.chunk, V)
+    uw = h.new_empty(R, D) if grads.needs_hidden else None
+    ub = h.new_empty(R, head.rank, dtype=head.lora_b.dtype) if grads.needs_low else None
+    low = head.low(h)
+    grads.begin(h, low, single=len(parts) <= 1)
     for start, stop in parts:
         unit = saved[start:stop] if stop <= kept else buffer[: stop - start]
         if stop > kept:
-            product(h[start:stop], used, used_bias, out=unit)
-            kernels.rows_unit(unit, start, label_z0, logp, row_max, row_logsum, view, *options)
-        if needs_hidden:
-            torch.mm(unit, used, out=uw[start:stop])
-        head.add(unit, scaled[start:stop], G[start:stop])
-    if needs_hidden:
-        scatter_rows(dhidden, view.rows, kernels.branch_hidden(uw, used, terms, G, view, 0))
-    if needs_weight or needs_bias:
-        head.branch(kernels, h, terms, view)
-    return dhidden, *head.finish()
-
-
-class HeadGradient:
-    """dW (V, D) and db (V,): written by one product when all U is held, else summed over chunks in fp32."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, vocab_size: int, needs_weight: bool, needs_bias: bool, single: bool
-    ) -> None:
-        self.weight, self.bias, self.V = weight, bias, vocab_size
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        dtype = weight.dtype if single else wide
-        # One product writes every row below vocab_size, so only the padding of the head needs its zeros.
-        self.dweight = _memory.empty(weight, weight.shape, dtype).tensor if needs_weight else None
-        # V = 8: 1.6 times eager's error when db is summed in fp32, 0.7 times in fp64.
-        wide_bias = torch.float64 if vocab_size <= FEW_COLUMNS else wide
-        self.dbias = weight.new_zeros(weight.shape[0], dtype=wide_bias) if needs_bias else None
-        self.untouched = True
-        if needs_weight:
-            self.dweight[vocab_size:].zero_()
-
-    def add(self, unit: Tensor, scaled: Tensor, G: Tensor) -> None:
-        """unit (c, V), scaled = G h (c, D), G (c,)."""
-        if self.dweight is not None:
-            target = self.dweight[: self.V]
-            if target.dtype != unit.dtype:
-                part = torch.mm(unit.t(), scaled)
-                target.copy_(part) if self.untouched else target.add_(part)
-            elif self.untouched:
-                torch.mm(unit.t(), scaled, out=target)
-            else:
-                target.addmm_(unit.t(), scaled)
-            self.untouched = False
-        if self.dbias is not None:
-            for start, stop in modes.chunks(0, self.V, 8192):  # without a whole copy of a low-precision U
-                self.dbias[start:stop] += torch.mv(unit[:, start:stop].to(self.dbias.dtype).t(), G.to(self.dbias.dtype))
-
-    def branch(self, kernels: RowKernels, h: Tensor, terms: Tensor, plan: PlanTensors) -> None:
-        if self.dweight is not None and self.untouched:
-            self.dweight.zero_()
-        dbias = None if self.dbias is None else torch.zeros_like(self.dbias, dtype=terms.dtype)
-        kernels.branch_weight(self.dweight, dbias, h, terms, plan)
-        if dbias is not None:
-            self.dbias += dbias
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        return (
-            self.weight.new_empty(0) if self.dweight is None else self.dweight.to(self.weight.dtype),
-            self.weight.new_empty(0) if self.dbias is None else self.dbias.to(self.bias.dtype),
-        )
+            head.product(h[start:stop], None if low is None else low[start:stop], out=unit)
+        if o.mode == "logits":
+            z, unit = unit, buffer[: stop - start]  # what was kept stays as it is, for another backward
+            kernels.rows_grad(z, unit, start, *stats, *upstream[:3], plan, *o.transform)
+        elif stop > kept:
+            kernels.rows_unit(unit, start, *stats[:4], plan, *o.transform)
+        if uw is not None:
+            torch.mm(unit, head.weight, out=uw[start:stop])
+        if ub is not None:
+            ub[start:stop] = head.low_product(unit)
+        grads.add(unit, start, stop, upstream)
+    return uw, ub
 
 
 # -- branching rows ---------------------------------------------------------------------------------------------------
@@ -256,14 +282,6 @@ def slope(label_z0: Tensor, temperature: float, softcap: float) -> Tensor:
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = h W^T + b, rounded once to the input dtype."""
-    if bias is None:
-        torch.mm(h, weight.t(), out=out)
-    else:
-        torch.addmm(bias, h, weight.t(), out=out)
 
 
 def scratch(h: Tensor, rows: int, chunk: int, V: int) -> Tensor:

@@ -1,18 +1,23 @@
 """The spec of `linear_step_logps`, in plain PyTorch.
 
-    z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature      (columns below vocab_size only)
+    z0 = hidden @ weight.T + bias + lora_scaling * (hidden @ lora_a.T) @ lora_b.T
+    z = softcap * tanh(z0 / softcap) / temperature      (columns below vocab_size only)
     logp[n] = log_softmax(z[row of n])[labels[n]]
+    entropy[n] = -sum of p log p over the columns, p = softmax(z[row of n])
     out[s] = sum (or mean) of logp[n] over the predictions n of step s
 
-The product is taken in the input dtype, as `F.linear` does; all after it in fp32 (fp64 for fp64).
+Products are taken in the input dtype, as `F.linear` does; all after them in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from ..plan import PlanTensors, gather_rows, scatter_rows
+from ..plan import PlanTensors, gather_rows, scatter_rows, spread_rows
 from ..step_logps.reference import reduce_steps, row_gradient, row_logps, row_statistics, transform
 from . import modes
 
@@ -25,65 +30,114 @@ def linear_step_logps_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     plan: list[Tensor],
-    vocab_size: int,
-    temperature: float,
-    softcap: float,
-    reduction: str,
-    logits_budget_mb: float,
-    mode: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    """hidden (B, L, D), weight (V, D), bias (V,) or None. Nothing is kept: what the mode would keep stays zero."""
-    view = PlanTensors(*plan)
+    """hidden (B, L, D), weight (V, D), bias (V,), lora_a (r, D), lora_b (V, r) or None. Nothing is kept: what the mode
+    would keep stays zero."""
+    o, view = modes.Options(*options), PlanTensors(*plan)
     h = gather_rows(hidden, view.rows)
-    z = transform(logits(h, weight, bias, vocab_size), vocab_size, temperature, softcap)
+    z = transform(logits(h, weight, bias, lora_a, lora_b, o), o.vocab_size, *o.transform)
     logp = row_logps(z, view)
-    kept = modes.budget(vocab_size, h.element_size(), logits_budget_mb, h.device.type, mode).kept
-    saved = h.new_zeros(modes.saved_shape(mode, *h.shape, vocab_size, kept))
-    return reduce_steps(logp, view, reduction), logp, *row_statistics(z), torch.zeros_like(logp), saved
+    D = h.shape[1] + (0 if lora_a is None else lora_a.shape[0])
+    kept = modes.limits(o.vocab_size, h, o).kept
+    saved = h.new_zeros(modes.saved_shape(o.mode, h.shape[0], D, o.vocab_size, kept))
+    entropy = row_entropy(z) if o.entropy else logp.new_empty(0)
+    entropies = spread_rows(entropy, view) if o.entropy else logp.new_empty(0)
+    out = reduce_steps(logp, view, o.reduction)
+    return out, entropies, logp, *row_statistics(z), entropy, torch.zeros_like(logp), saved
 
 
 def linear_step_logps_bwd(
     grad_out: Tensor,
+    grad_entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     logp: Tensor,
     row_max: Tensor,
     row_logsum: Tensor,
+    entropy: Tensor,
     label_z0: Tensor,
     saved: Tensor,
     plan: list[Tensor],
-    vocab_size: int,
-    temperature: float,
-    softcap: float,
-    reduction: str,
-    logits_budget_mb: float,
-    mode: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, each in its dtype; a tensor of size 0 for one that is not needed."""
-    view = PlanTensors(*plan)
+    needs: list[bool],
+    *options: Any,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of hidden, weight, bias, lora_a and lora_b, each in its dtype; a tensor of size 0 for one that is not
+    needed, and for weight's when main_grad has taken it."""
+    o, view = modes.Options(*options), PlanTensors(*plan)
     h = gather_rows(hidden, view.rows)
-    drows = row_gradient(
-        grad_out, logits(h, weight, bias, vocab_size), view, vocab_size, temperature, softcap, reduction
-    )
+    z0 = logits(h, weight, bias, lora_a, lora_b, o)
+    drows = row_gradient(grad_out, z0, view, o.vocab_size, *o.transform, o.reduction)
+    if o.entropy:
+        drows = drows + entropy_gradient(row_sums(grad_entropy, view), z0, o)
     drows = drows.to(h.dtype)
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    V = drows.shape[1]
+    low = dlow = None
+    if lora_a is not None:
+        low = o.lora_scaling * linear(h.to(lora_a.dtype), lora_a)
+        dlow = o.lora_scaling * (drows.to(lora_b.dtype) @ lora_b[:V])
+    dhidden, dweight, dbias, da, db = (hidden.new_empty(0) for _ in range(5))
+    needs_hidden, needs_weight, needs_bias, needs_a, needs_b = needs
     if needs_hidden:
+        values = drows @ weight[:V]
         dhidden = hidden.new_zeros(hidden.shape)
-        scatter_rows(dhidden, view.rows, drows @ weight[:vocab_size])
+        scatter_rows(dhidden, view.rows, values if dlow is None else values + (dlow @ lora_a).to(h.dtype))
     if needs_weight:
-        dweight = weight.new_zeros(weight.shape)
-        dweight[:vocab_size] = drows.t() @ h
+        if main_grad is None:
+            dweight = padded(drows.t() @ h, weight)
+        else:
+            main_grad[:V] += drows.t() @ h
     if needs_bias:
-        dbias = bias.new_zeros(bias.shape)
-        dbias[:vocab_size] = drows.sum(0)
-    return dhidden, dweight, dbias
+        dbias = padded(drows.sum(0), bias)
+    if needs_a:
+        da = dlow.t() @ h.to(dlow.dtype)
+    if needs_b:
+        db = padded(drows.to(low.dtype).t() @ low, lora_b)
+    return dhidden, dweight, dbias, da, db
 
 
-def logits(h: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
-    """(R, vocab_size), rounded once to the input dtype."""
-    return torch.nn.functional.linear(h, weight[:vocab_size], None if bias is None else bias[:vocab_size])
+def logits(
+    h: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, o: modes.Options
+) -> Tensor:
+    """z0 (R, vocab_size), rounded to the input dtype after each of its two terms."""
+    V = o.vocab_size
+    z0 = linear(h, weight[:V], None if bias is None else bias[:V])
+    if lora_a is not None:
+        z0 = (z0 + linear(linear(h.to(lora_a.dtype), lora_a), lora_b[:V]) * o.lora_scaling).to(h.dtype)
+    return z0
+
+
+def row_entropy(z: Tensor) -> Tensor:
+    """(R,) entropies of the rows; a column of -inf counts 0."""
+    logp = torch.log_softmax(z, -1)
+    return -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
+
+
+def entropy_gradient(E: Tensor, z0: Tensor, o: modes.Options) -> Tensor:
+    """(R, V) -E p (log p + H) J, for upstreams E (R,) of the entropies H."""
+    z = transform(z0, o.vocab_size, *o.transform)
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    dz = torch.where(p == 0.0, 0.0, -p * (logp + row_entropy(z).unsqueeze(1))) * E.to(z.dtype).unsqueeze(1)
+    slope = 1.0 - torch.tanh(z0.to(z.dtype) / o.softcap).square() if o.softcap else 1.0
+    return dz * slope / o.temperature
+
+
+def row_sums(values: Tensor, plan: PlanTensors) -> Tensor:
+    """(N,) -> (R,), padding left out."""
+    scored = spread_rows((plan.rows >= 0).to(values.dtype), plan)
+    return torch.segment_reduce(values * scored, "sum", offsets=plan.row_start, initial=0, unsafe=True)
+
+
+def padded(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of the first rows of `like` as that of all of it, in its dtype."""
+    out = like.new_zeros(like.shape)
+    out[: grad.shape[0]] = grad
+    return out

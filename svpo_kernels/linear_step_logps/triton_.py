@@ -1,4 +1,4 @@
-"""`linear_step_logps` in Triton: the row kernels between the products of products.py.
+"""`linear_step_logps` in Triton: tensors to launches of the row kernels between the products of products.py.
 
 What a chunk of products and rows of logits have in common is in step_logps/: its kernels run here on the plan with
 `rows` replaced by the rows of h. The label columns of a chunk are rounded, so their logits are exact dots instead.
@@ -10,132 +10,22 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from .._triton import FEATURES, ROW_WARPS, ROWS, cdiv, kernel, launch, one_minus_exp, tl
+from .._triton import FEATURES, ROW_WARPS, ROWS, cdiv, launch
 from ..plan import PlanTensors, row_of_prediction
 from ..step_logps.triton_ import Source, launch_gradient, launch_stats, reduce_steps, row_grads
-from ..step_logps.triton_kernels import label_logit, likeliest
 from . import products
+from .triton_kernels import (
+    branch_hidden_kernel,
+    branch_weight_kernel,
+    label_dots_kernel,
+    rows_entropy_kernel,
+    rows_entropy_labels_kernel,
+    rows_grad_kernel,
+    rows_grad_labels_kernel,
+    rows_unit_kernel,
+)
 
 supports = _triton.supports
-
-
-# -- kernels ------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def label_dots_kernel(
-    h, weight, bias, row_start, labels, rows, label_z0, D: tl.int64, stride_h: tl.int64, stride_w: tl.int64,
-    vocab_size: tl.int64, BIAS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, LIMIT_ALIGN: tl.constexpr,
-):
-    """Grid (R,). label_z0[n] = h[r] . W[l_n] + b[l_n] in fp32, for the labels that exist."""
-    r = tl.program_id(0).to(tl.int64)
-    if tl.load(rows + r) >= 0:
-        offsets = tl.arange(0, BLOCK)
-        for n in range(tl.load(row_start + r), tl.load(row_start + r + 1)):
-            label = tl.load(labels + n)
-            if (label >= 0) & (label < vocab_size):
-                total = tl.zeros([BLOCK], tl.float32)
-                own = h + r * stride_h // ALIGN * ALIGN
-                head = weight + label * stride_w // ALIGN * ALIGN
-                for d in range(0, D, BLOCK):
-                    mask = offsets < tl.minimum(D - d, BLOCK).to(tl.int32) // LIMIT_ALIGN * LIMIT_ALIGN
-                    x = tl.load(own + d + offsets, mask=mask, other=0.0).to(tl.float32)
-                    total = tl.fma(x, tl.load(head + d + offsets, mask=mask, other=0.0).to(tl.float32), total)
-                dot = tl.sum(total, 0)
-                if BIAS:
-                    dot += tl.load(bias + label).to(tl.float32)
-                tl.store(label_z0 + n, dot)
-
-
-@kernel
-def rows_unit_kernel(
-    rows, row_start, labels, first, label_z0, logp, row_logsum, targets, factors, first_row: tl.int64, count: tl.int64,
-    vocab_size: tl.int64, scale_high, scale_low, inverse_high, inverse_low, inverse_temperature,
-    MODE: tl.constexpr, ROWS: tl.constexpr,
-):
-    """Grid (cdiv(count, ROWS),). U of a row is factors[r] exp(z - m) slope, and targets[n] at its labels' columns."""
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    r = first_row + i
-    scored = tl.load(rows + r, mask=i < count, other=-1) >= 0
-    start = tl.load(row_start + r, mask=scored, other=0)
-    end = tl.load(row_start + r + 1, mask=scored, other=0)
-    most = tl.max(end - start, 0)
-    top_n = likeliest(logp, labels, first, start, end, most, scored, vocab_size, ROWS)
-    factor = -tl.exp(-tl.load(row_logsum + r, mask=scored, other=0.0).to(tl.float64)) * inverse_temperature
-    for j in range(0, most):
-        n = start + j
-        own = scored & (n < end)
-        label = tl.load(labels + n, mask=own, other=0)
-        factor = tl.where((label >= 0) & (label < vocab_size), factor, float("nan"))
-        _z, slope = label_logit(label_z0, label, label_z0, n, label, own, scale_high, scale_low, inverse_high,
-                                inverse_low, MODE, True)
-        value = tl.load(logp + n, mask=own, other=0.0)
-        p = tl.exp(value).to(tl.float64)
-        unit = tl.where(tl.load(first + n, mask=own, other=-1) == top_n, one_minus_exp(value.to(tl.float64), p), -p)
-        tl.store(targets + n, (unit * slope.to(tl.float64) * inverse_temperature).to(tl.float32), mask=own)
-    tl.store(factors + r, factor.to(tl.float32), mask=scored)
-
-
-@kernel
-def branch_hidden_kernel(
-    uw, weight, out_rows, row_start, labels, terms, G, first_row: tl.int64, D: tl.int64, stride_uw: tl.int64,
-    stride_w: tl.int64, stride_out: tl.int64, BLOCK: tl.constexpr, ALIGN: tl.constexpr, LIMIT_ALIGN: tl.constexpr,
-):
-    """Grid (rows, cdiv(D, BLOCK)). out = G uw + sum of terms[n] W[l_n] over the row's predictions, in order."""
-    i = tl.program_id(0).to(tl.int64)
-    r = first_row + i
-    d = tl.program_id(1).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < tl.minimum(D - d, BLOCK).to(tl.int32) // LIMIT_ALIGN * LIMIT_ALIGN
-    total = tl.load(uw + i * stride_uw // ALIGN * ALIGN + d + offsets, mask=mask, other=0.0).to(tl.float32)
-    total = total * tl.load(G + r)
-    start = tl.load(row_start + r)
-    end = tl.load(row_start + r + 1)
-    if end - start > 1:
-        for n in range(start, end):
-            term = tl.load(terms + n)
-            if term != 0.0:
-                head = weight + tl.load(labels + n) * stride_w // ALIGN * ALIGN
-                total = tl.fma(tl.load(head + d + offsets, mask=mask, other=0.0).to(tl.float32), term, total)
-    to = out_rows + i * stride_out // ALIGN * ALIGN
-    tl.store(to + d + offsets, total.to(out_rows.dtype.element_ty), mask=mask)
-
-
-@kernel
-def branch_weight_kernel(
-    h, dweight, dbias, keys, order, owner, terms, N: tl.int64, D: tl.int64, stride_h: tl.int64, stride_dw: tl.int64,
-    vocab_size: tl.int64, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    LIMIT_ALIGN: tl.constexpr,
-):
-    """Grid (N, cdiv(D, BLOCK)). keys are sorted: the first of equal labels adds all their terms, by ascending row."""
-    i = tl.program_id(0).to(tl.int64)
-    label = tl.load(keys + i)
-    before = tl.load(keys + i - 1, mask=i > 0, other=-1)
-    if (label < vocab_size) & (before != label):
-        d = tl.program_id(1).to(tl.int64) * BLOCK
-        offsets = tl.arange(0, BLOCK)
-        mask = offsets < tl.minimum(D - d, BLOCK).to(tl.int32) // LIMIT_ALIGN * LIMIT_ALIGN
-        to = dweight + label * stride_dw // ALIGN * ALIGN + d + offsets
-        total = tl.zeros([BLOCK], tl.float32)
-        if WEIGHT:
-            total = tl.load(to, mask=mask, other=0.0).to(tl.float32)
-        bias_total = tl.program_id(1).to(tl.float64) * 0.0
-        j = i
-        same = label
-        while same == label:
-            n = tl.load(order + j)
-            term = tl.load(terms + n)
-            if WEIGHT:
-                own = h + tl.load(owner + n) * stride_h // ALIGN * ALIGN
-                total = tl.fma(tl.load(own + d + offsets, mask=mask, other=0.0).to(tl.float32), term, total)
-            bias_total += term.to(tl.float64)
-            j += 1
-            same = tl.load(keys + j, mask=j < N, other=-1)
-        if WEIGHT:
-            tl.store(to, total.to(dweight.dtype.element_ty), mask=mask)
-        if BIAS:
-            if tl.program_id(1) == 0:
-                tl.store(dbias + label, tl.load(dbias + label) + bias_total.to(tl.float32))
 
 
 # -- row kernels: arguments and meanings in products.RowKernels ----------------------------------------------------
@@ -160,13 +50,15 @@ def label_dots(h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors
 
 
 def rows_fwd(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float, softcap: float, write_unit: bool,
+    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor | None, plan: PlanTensors, temperature: float, softcap: float, write_unit: bool,
 ) -> None:
     options = (temperature, softcap)
     launch_stats(
         Source.of(z), _own(plan), label_z0, logp, row_max, row_logsum, first_row, *z.shape, *options, chunk=True
     )
+    if entropy is not None:
+        _rows_entropy(z, first_row, logp, row_max, row_logsum, entropy, plan, *options)
     if write_unit:
         rows_unit(z, first_row, label_z0, logp, row_max, row_logsum, plan, *options)
 
@@ -186,6 +78,50 @@ def rows_unit(
     owner = _own(plan).rows[first_row : first_row + count]
     source = Source.of(z)
     launch_gradient(source, source, owner, plan, targets, factors, row_max, V, V, temperature, softcap)
+
+
+def _rows_entropy(
+    z: Tensor, first_row: int, logp: Tensor, row_max: Tensor, row_logsum: Tensor, entropy: Tensor, plan: PlanTensors,
+    temperature: float, softcap: float,
+) -> None:
+    mode, *split = _triton.transform(temperature, softcap)
+    source, (count, V) = Source.of(z), z.shape
+    span = _triton.span(V, mode)
+    spans = cdiv(V, span.columns)
+    partial = z.new_empty((spans, count), dtype=torch.float32)
+    programs = _triton.programs_per_row(count, spans, _triton.processors(z.device))
+    launch(
+        rows_entropy_kernel, (count, programs) if spans else (0,), z, z, source.stride_l, plan.rows, plan.row_start,
+        plan.labels, row_max, partial, first_row, V, spans, *split, MODE=mode, BLOCK=span.columns, ALIGN=source.align,
+        LIMIT_ALIGN=source.limit(V), warps=span.warps,
+    )
+    launch(
+        rows_entropy_labels_kernel, (cdiv(count, ROWS),), z, plan.rows, plan.row_start, plan.labels, plan.first, logp,
+        row_logsum, partial, entropy, first_row, count, V, spans, ROWS=ROWS, warps=ROW_WARPS,
+    )
+
+
+def rows_grad(
+    z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, temperature: float, softcap: float,
+) -> None:
+    mode, *split = _triton.transform(temperature, softcap)
+    source, target, (count, V) = Source.of(z), Source.of(out), z.shape
+    span = _triton.span(V, mode)
+    spans = cdiv(V, span.columns)
+    targets = torch.empty_like(logp)
+    launch(
+        rows_grad_labels_kernel, (cdiv(count, ROWS),), z, plan.rows, plan.row_start, plan.labels, plan.first, label_z0,
+        logp, entropy, g, G, E, targets, first_row, count, V, *split, 1.0 / temperature, MODE=mode, ROWS=ROWS,
+        warps=ROW_WARPS,
+    )
+    programs = _triton.programs_per_row(count, spans, _triton.processors(z.device))
+    launch(
+        rows_grad_kernel, (count, programs) if spans else (0,), z, z, out, source.stride_l, target.stride_l, plan.rows,
+        plan.row_start, plan.labels, targets, row_max, row_logsum, entropy, G, E, first_row, V, spans, *split,
+        1.0 / temperature, MODE=mode, BLOCK=span.columns, ALIGN=min(source.align, target.align),
+        LIMIT_ALIGN=min(source.limit(V), target.limit(V)), warps=span.warps,
+    )
 
 
 def branch_hidden(
@@ -226,7 +162,7 @@ def _common(columns: int, *tensors: Tensor) -> tuple[int, int]:
 
 
 KERNELS = products.RowKernels(
-    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, reduce_steps=reduce_steps, row_grads=row_grads,
-    branch_hidden=branch_hidden, branch_weight=branch_weight,
+    label_dots=label_dots, rows_fwd=rows_fwd, rows_unit=rows_unit, rows_grad=rows_grad,
+    reduce_steps=reduce_steps, row_grads=row_grads, branch_hidden=branch_hidden, branch_weight=branch_weight,
 )
 linear_step_logps_fwd, linear_step_logps_bwd = products.raw_ops(KERNELS)

@@ -1,0 +1,174 @@
+"""The vocabulary head in the product loop: z0 = h W^T + b, with low-rank factors + s (h A^T) B^T, and its gradients.
+
+The factors never meet W: their product is added to z, rank r at a time, and their gradients are those of a second head
+B (V, r) on the rows low = s h A^T (R, r).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _memory
+from ..plan import PlanTensors
+from . import modes
+
+if TYPE_CHECKING:
+    from .products import RowKernels, Upstream
+
+FEW_COLUMNS = 1024  # up to here db is summed in fp64; beyond, many entries average its rounding
+SLICE = 8192  # columns of V (or rows of h) that are widened to fp32 at a time
+
+
+class Head(NamedTuple):
+    """The columns that this process scores. weight (V, D), bias (V,), lora_a (r, D), lora_b (V, r), or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+
+    def cut(self, V: int) -> Head:
+        """The first V columns."""
+        bias, lora_b = (None if t is None else t[:V] for t in (self.bias, self.lora_b))
+        return self._replace(weight=self.weight[:V], bias=bias, lora_b=lora_b)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
+    def low(self, h: Tensor) -> Tensor | None:
+        """(R, r) s h A^T in fp32 (fp64 for fp64): exact for the label logits."""
+        if self.lora_a is None:
+            return None
+        wide = torch.promote_types(h.dtype, torch.float32)
+        low, a = h.new_empty(h.shape[0], self.rank, dtype=wide), self.lora_a.to(wide).t() * self.scaling
+        for start, stop in modes.chunks(0, h.shape[0], SLICE):
+            torch.mm(h[start:stop].to(wide), a, out=low[start:stop])
+        return low
+
+    def product(self, h: Tensor, low: Tensor | None, out: Tensor) -> None:
+        """out = z0 in the input dtype, rounded as `F.linear` and an adapter on it round."""
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
+        if low is not None:
+            out.addmm_(low.to(out.dtype), self.lora_b.to(out.dtype).t())
+
+    def label_logits(self, kernels: RowKernels, h: Tensor, low: Tensor | None, plan: PlanTensors) -> Tensor:
+        """(N,) z0 at the labels as exact fp32 dots, low-rank part included."""
+        dots = kernels.label_dots(h, self.weight, self.bias, plan)
+        return dots if low is None else dots + kernels.label_dots(low, self.lora_b.to(low.dtype), None, plan)
+
+    def low_product(self, unit: Tensor) -> Tensor:
+        """(c, V) -> (c, r): unit B in B's dtype."""
+        if unit.dtype == self.lora_b.dtype:
+            return unit @ self.lora_b
+        out = unit.new_zeros(unit.shape[0], self.rank, dtype=self.lora_b.dtype)
+        for start, stop in modes.chunks(0, unit.shape[1], SLICE):
+            out.addmm_(unit[:, start:stop].to(out.dtype), self.lora_b[start:stop])
+        return out
+
+    def add_low(self, dhidden: Tensor, dlow: Tensor) -> None:
+        """dhidden (R, D) += s dlow A."""
+        dhidden.addmm_(dlow.to(dhidden.dtype), self.lora_a.to(dhidden.dtype), alpha=self.scaling)
+
+    def grad_a(self, h: Tensor, dlow: Tensor) -> Tensor:
+        """(r, D) s dlow^T h in A's dtype."""
+        if h.dtype == dlow.dtype:
+            return torch.addmm(h.new_empty(self.rank, h.shape[1]), dlow.t(), h, beta=0, alpha=self.scaling)
+        out = torch.zeros_like(self.lora_a, memory_format=torch.contiguous_format, dtype=dlow.dtype)
+        for start, stop in modes.chunks(0, h.shape[0], SLICE):
+            out.addmm_(dlow[start:stop].t(), h[start:stop].to(out.dtype), alpha=self.scaling)
+        return out
+
+
+class HeadGradients:
+    """dW (V, D) and db (V,), dB (V, r): what a backward adds up over parts of U. main_grad: takes dW in fp32."""
+
+    def __init__(self, whole: Head, head: Head, needs: list[bool], main_grad: Tensor | None) -> None:
+        self.whole, self.V, self.main_grad = whole, head.weight.shape[0], main_grad
+        self.needs_hidden, self.needs_weight, self.needs_bias, self.needs_a, self.needs_b = needs
+        self.needs_low = head.rank > 0 and (self.needs_hidden or self.needs_a)
+        self.dweight = self.dbias = self.db = self.low = None
+
+    def begin(self, h: Tensor, low: Tensor | None, single: bool) -> None:
+        """single: all of U comes in one part."""
+        self.h = h
+        if self.needs_weight:
+            self.dweight = MatrixGradient(self.whole.weight, self.V, single, self.main_grad)
+        if self.needs_bias:
+            # V = 8: 1.6 times eager's error when db is summed in fp32, 0.7 times in fp64.
+            wide = torch.float64 if self.V <= FEW_COLUMNS else torch.promote_types(h.dtype, torch.float32)
+            self.dbias = h.new_zeros(self.whole.bias.shape, dtype=wide)
+        if self.needs_b:
+            self.low = low.to(self.whole.lora_b.dtype)
+            self.db = MatrixGradient(self.whole.lora_b, self.V, single)
+
+    def add(self, unit: Tensor, start: int, stop: int, upstream: Upstream) -> None:
+        """unit: (c, V) rows [start, stop) of U."""
+        if self.dweight is not None:
+            self.dweight.add(unit, upstream.scaled(self.h, start, stop))
+        if self.db is not None:
+            self.db.add(unit, upstream.scaled(self.low, start, stop))
+        if self.dbias is not None:
+            G = upstream.G[start:stop] if upstream.E is None else torch.ones_like(upstream.G[start:stop])
+            for first, last in modes.chunks(0, self.V, SLICE):  # without a whole copy of a low-precision U
+                self.dbias[first:last] += torch.mv(unit[:, first:last].to(self.dbias.dtype).t(), G.to(self.dbias.dtype))
+
+    def finish(
+        self, kernels: RowKernels, h: Tensor, terms: Tensor | None, plan: PlanTensors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dW, db and dB in the dtypes of weight, bias and lora_b; size 0 where not needed, and where main_grad has dW.
+
+        terms: those of branching rows, where U is not the whole gradient.
+        """
+        dweight = h.new_empty(0) if self.dweight is None else self.dweight.whole()
+        if terms is not None and (self.needs_weight or self.needs_bias):
+            dbias = torch.zeros_like(self.dbias, dtype=terms.dtype) if self.needs_bias else None
+            kernels.branch_weight(dweight if self.needs_weight else None, dbias, h, terms, plan)
+            self.dbias = self.dbias + dbias if self.needs_bias else None
+        return (
+            h.new_empty(0) if self.main_grad is not None else dweight.to(self.whole.weight.dtype),
+            h.new_empty(0) if self.dbias is None else self.dbias.to(self.whole.bias.dtype),
+            h.new_empty(0) if self.db is None else self.db.whole().to(self.whole.lora_b.dtype),
+        )
+
+
+class MatrixGradient:
+    """The gradient of a (V, D) matrix: written by one product when all U is held, else summed over parts in fp32.
+
+    target: an fp32 tensor that takes it on top of what it holds. Rows from V on are padding: 0.
+    """
+
+    def __init__(self, matrix: Tensor, V: int, single: bool, target: Tensor | None = None) -> None:
+        self.V, self.untouched, self.target = V, target is None, target
+        if target is None:
+            # One product writes every row below V, so only the padding of the head needs its zeros.
+            wide = torch.promote_types(matrix.dtype, torch.float32)
+            self.target = _memory.empty(matrix, matrix.shape, matrix.dtype if single else wide).tensor
+            self.target[V:].zero_()
+
+    def add(self, unit: Tensor, scaled: Tensor) -> None:
+        """unit (c, V), scaled = G h (c, D)."""
+        target = self.target[: self.V]
+        if scaled.dtype != unit.dtype:  # low-rank factors wider than hidden
+            for start, stop in modes.chunks(0, self.V, SLICE):
+                self._put(target[start:stop], torch.mm(unit[:, start:stop].to(scaled.dtype).t(), scaled))
+        elif target.dtype != unit.dtype:
+            self._put(target, torch.mm(unit.t(), scaled))
+        elif self.untouched:
+            torch.mm(unit.t(), scaled, out=target)
+        else:
+            target.addmm_(unit.t(), scaled)
+        self.untouched = False
+
+    def _put(self, target: Tensor, part: Tensor) -> None:
+        target.copy_(part) if self.untouched else target.add_(part)
+
+    def whole(self) -> Tensor:
+        return self.target.zero_() if self.untouched else self.target
