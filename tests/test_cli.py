@@ -117,6 +117,11 @@ def test_data_names_a_bad_row(tmp_path):
     assert stopped.exit_code == 1 and "bad.jsonl:2" in stopped.output.replace("\n", "")
 
 
+def test_a_tokenizer_that_is_not_there_ends_in_its_message(shared_data):
+    result = invoke("data", shared_data / "aps_trees.jsonl", "--tokenizer", "no/such-model")
+    assert result.exit_code == 1 and result.output.startswith("error: ") and "Traceback" not in result.output
+
+
 def test_train_on_the_real_pairs(shared_data, tiny_model, tmp_path):
     """Step pairs without values: Step-DPO, LoRA, in this process."""
     settings = dict(model_name_or_path=str(tiny_model), train_file=str(shared_data / "rstar_pairs.json"),
