@@ -77,10 +77,46 @@ def test_a_head_that_cannot_be_repeated_is_refused():
         check_head(StepModel(OddLlama(HEADS["llama"])))
 
 
-def test_adapters_on_the_head_are_refused(tmp_path):
-    config = make_config(tmp_path, peft="lora", lora_target_modules="q_proj, lm_head")
-    with pytest.raises(ValueError, match="adapters on the vocabulary head of LlamaForCausalLM are not supported yet"):
-        StepModel(add_adapters(config, small_lm()))
+def test_lora_on_the_head_counts_and_trains(tmp_path):
+    config = make_config(tmp_path, peft="lora", lora_r=3, lora_target_modules="q_proj, lm_head")
+    model = build_model(config, False, small_lm())
+    head = model.causal_lm.lm_head
+    torch.nn.init.normal_(head.lora_B["default"].weight, std=0.3)
+    tree = unequal_data(((2, 3),))
+    batch = pack_trees(tree.trees, tree.pairs, max_tokens=4096)[0]
+
+    def naive():
+        logps = []
+        for _, node in batch.node_of_step.tolist():
+            path, start = torch.tensor(tree.trees[0].path(node)), tree.trees[0].start[node]
+            own = model.causal_lm(path[None]).logits[0].float().log_softmax(-1)
+            logps.append(own[torch.arange(start - 1, len(path) - 1), path[start:]].sum())
+        return torch.stack(logps)
+
+    factors = [head.lora_A["default"].weight, head.lora_B["default"].weight]
+    found, expected = model(batch)["step_logps"], naive()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad(x, factors, upstream) for x in (found, expected)), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    with torch.no_grad(), model.adapters_off():
+        torch.testing.assert_close(model(batch)["step_logps"], naive(), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model(batch)["step_logps"], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (dict(use_dora=True), "it is a variant of LoRA"),
+    (dict(lora_dropout=0.1), "it has dropout; set disable_dropout=true"),
+    (dict(lora_bias=True), "its second factor has a bias"),
+    (dict(modules_to_save=["lm_head"]), "a trained copy of the vocabulary head of LlamaForCausalLM is not supported"),
+])
+def test_other_adapters_on_the_head_are_refused(more, message):
+    import peft
+
+    targets = ["q_proj"] if "modules_to_save" in more else ["q_proj", "lm_head"]
+    lm = peft.get_peft_model(small_lm(), peft.LoraConfig(r=2, target_modules=targets, **more))
+    with pytest.raises(ValueError, match=message):
+        StepModel(lm)
 
 
 def test_every_dropout_is_off(tmp_path):

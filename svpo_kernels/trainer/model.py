@@ -85,14 +85,12 @@ class StepModel(nn.Module):
         return self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
 
     def step_logps(self, hidden: Tensor, batch: StepBatch) -> Tensor:
-        head = self.causal_lm.get_output_embeddings()
         return linear_step_logps(
             hidden,
-            head.weight,
-            batch.plan,
-            bias=getattr(head, "bias", None),
+            labels=batch.plan,
             backend=self.backend,
             logits_budget_mb=self.logits_budget_mb,
+            **head_parts(self.causal_lm),
             **self.head_options,
         )
 
@@ -118,21 +116,61 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def head_parts(lm: nn.Module) -> dict[str, Any]:
+    """weight, bias and, where LoRA on the vocabulary head is in force, its factors and scaling."""
+    head = lm.get_output_embeddings()
+    layer = getattr(head, "base_layer", head)
+    parts = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
+    if layer is head or head.disable_adapters or head.merged:
+        return parts
+    for name in active_lora(head):
+        parts.update(lora_a=head.lora_A[name].weight, lora_b=head.lora_B[name].weight, lora_scaling=head.scaling[name])
+    return parts
+
+
+def active_lora(head: nn.Module) -> list[str]:
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def check_lora(head: nn.Module, name: str) -> None:
+    """Raises ValueError for adapters on the vocabulary head that are more than one pair of low-rank factors."""
+    reason = None
+    if not hasattr(head, "lora_A"):
+        reason = f"{type(head).__name__} is no LoRA layer"
+    else:
+        for adapter in active_lora(head):
+            if getattr(head.lora_dropout[adapter], "p", 0.0) > 0:
+                reason = "it has dropout; set disable_dropout=true"
+            if (getattr(head, "use_dora", None) or {}).get(adapter) or adapter in getattr(head, "lora_variant", {}):
+                reason = "it is a variant of LoRA (DoRA or the like)"
+            if (getattr(head, "lora_bias", None) or {}).get(adapter):
+                reason = "its second factor has a bias"
+        if len(active_lora(head)) > 1:
+            reason = f"several adapters are active on it: {', '.join(active_lora(head))}"
+    if reason:
+        raise ValueError(
+            f"StepModel: the adapter on the vocabulary head of {name} is not supported: {reason}; or leave lm_head out "
+            "of lora_target_modules"
+        )
+
+
 def head_options(lm: nn.Module) -> dict[str, float]:
     """softcap and temperature with which `linear_step_logps` repeats this model's vocabulary head.
 
-    Raises ValueError for a head that is not one plain (V, D) matrix: adapters on it, quantised, or something else.
+    Raises ValueError for a head that is neither one plain (V, D) matrix nor that with one LoRA adapter.
     """
     head = lm.get_output_embeddings()
     config = lm.config.get_text_config()
     name = type(lm).__name__
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ValueError(f"StepModel: {name} has no vocabulary head with a weight, so it cannot score steps")
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+    if hasattr(head, "modules_to_save"):
         raise ValueError(
-            f"StepModel: adapters on the vocabulary head of {name} are not supported yet; leave lm_head out of "
-            "lora_target_modules and modules_to_save"
+            f"StepModel: a trained copy of the vocabulary head of {name} is not supported; leave lm_head out of "
+            "modules_to_save"
         )
+    if hasattr(head, "base_layer"):
+        check_lora(head, name)
     if head.weight.dim() != 2 or not head.weight.is_floating_point():
         raise ValueError(
             f"StepModel: the vocabulary head of {name} must be (V, D) in floating point, got "
@@ -161,8 +199,7 @@ def check_head(model: StepModel) -> None:
     training, caching = model.training, getattr(lm.config, "use_cache", None)
     model.eval()
     theirs = lm(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
-    logits = nn.functional.linear(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state, head.weight,
-                                  getattr(head, "bias", None)).double()
+    logits = head(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state).double()
     softcap = model.head_options.get("softcap")
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     ours = (logits / model.head_options.get("temperature", 1.0)).log_softmax(-1)
