@@ -11,7 +11,7 @@ from typing import Any
 from . import linear_step_logps, training, trees
 from .race import Result
 
-DPI, COLORS = 90, 64  # a plot stays below 100 kB; in all colours the largest takes 215
+DPI, COLORS = 90, 256  # a plot stays below 100 kB; in all colours the largest takes 215
 
 
 def draw(results: Iterable[Result], folder: Path) -> list[Path]:
@@ -38,6 +38,13 @@ def _save(figure: Any, path: Path) -> Path:
     figure.savefig(drawn, dpi=DPI)
     Image.open(drawn).convert("RGB").quantize(COLORS).save(path, optimize=True)
     return path
+
+
+def _ticks(panel: Any, values: Iterable[float]) -> None:
+    """A mark at each value, in plain numbers, on a logarithmic axis."""
+    values = sorted(set(values))
+    panel.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
+    panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def _series(results: list[Result], axis: int) -> list[Result]:
@@ -75,6 +82,7 @@ def draw_head(results: list[Result], folder: Path) -> Path | None:
                         style = dict(color="black", linestyle="--" if floor else "-", linewidth=1 if floor else 3)
                     panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
             panel.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+            _ticks(panel, x)
             panel.grid(alpha=0.3)
     handles, labels = axes[0][2].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=5)
@@ -110,30 +118,40 @@ def draw_savings(results: list[Result], folder: Path) -> Path | None:
     shaped = [r for r in results if r.family == trees.SHAPES]
     if not shaped:
         return None
-    figure, axes = _figure(3)
-    baselines = ((trees.PAIRWISE, 0), (trees.DISTINCT, 1))
+    figure, axes = _figure(4, width=3.8)
     length = Counter(r.curves["shape"][2] for r in shaped).most_common(1)[0][0]
-    for panel, (baseline, which) in zip(axes[0][:2], baselines, strict=True):
-        for color, children in enumerate(sorted({r.curves["shape"][1] for r in shaped})):
-            own = sorted((r for r in shaped if r.curves["shape"][1:] == [children, length]),
-                         key=lambda r: r.curves["shape"][0])
-            depths = [r.curves["shape"][0] for r in own]
-            saved = [1 - r.medians["packed"] / r.medians[baseline] for r in own]
-            panel.plot(depths, saved, "o-", color=f"C{color}", markersize=4, label=f"{children:.0f} children")
-            panel.plot(depths, [r.curves["bound by tokens"][which] for r in own], "--", color=f"C{color}", linewidth=1)
-        panel.set(xlabel="depth", ylabel="FLOPs saved", title=f"against {baseline}, steps of {length:.0f}", ylim=(0, 1))
-    steps = sorted((r for r in shaped if r.curves["shape"][:2] == [3, 4]), key=lambda r: r.curves["shape"][2])
-    for color, (baseline, which) in enumerate(baselines):
-        panel, x = axes[0][2], [r.curves["shape"][2] for r in steps]
-        panel.plot(x, [1 - r.medians["packed"] / r.medians[baseline] for r in steps], "o-", color=f"C{color}",
-                   label=f"against {baseline}")
-        panel.plot(x, [r.curves["bound by tokens"][which] for r in steps], "--", color=f"C{color}", linewidth=1)
-    axes[0][2].set(xscale="log", xlabel="tokens a step", title="depth 3, 4 children", ylim=(0, 1))
+    usual = [r for r in shaped if r.curves["shape"][2] == length]
+    for panel, baseline in zip(axes[0][:2], (trees.PAIRWISE, trees.DISTINCT), strict=True):
+        for color, children in enumerate(sorted({r.curves["shape"][1] for r in usual if r.curves["shape"][0] > 1})):
+            own = [r for r in usual if r.curves["shape"][1] == children]
+            _saved(panel, own, 0, baseline, f"C{color}", f"{children:.0f} children")
+        panel.set(xlabel="depth", ylabel="FLOPs saved", title=f"against {baseline}, steps of {length:.0f} tokens")
+    siblings, steps = axes[0][2:]
+    for color, baseline in enumerate((trees.PAIRWISE, trees.DISTINCT)):
+        label = f"against {baseline}"
+        _saved(siblings, [r for r in usual if r.curves["shape"][0] == 1], 1, baseline, f"C{color}", label)
+        _saved(steps, [r for r in shaped if r.curves["shape"][:2] == [3, 4]], 2, baseline, f"C{color}", label)
+    siblings.set(xscale="log", xlabel="siblings", title=f"answers to one prompt, {length:.0f} tokens each")
+    steps.set(xscale="log", xlabel="tokens a step", title="depth 3, 4 children")
+    for panel in (siblings, steps):
+        _ticks(panel, panel.lines[0].get_xdata())
     for panel in axes[0]:
+        panel.set_ylim(0, 1)
+        panel.title.set_fontsize(9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="lower right")
     figure.suptitle("Training FLOPs saved, Llama-3-8B, exact attention; dashed: the bound by counting tokens")
     return _save(figure, folder / "savings.png")
+
+
+def _saved(panel: Any, shaped: list[Result], axis: int, baseline: str, color: str, label: str) -> None:
+    """A line of savings along one number of the shape, its bound by tokens dashed."""
+    shaped = sorted(shaped, key=lambda r: r.curves["shape"][axis])
+    x = [r.curves["shape"][axis] for r in shaped]
+    panel.plot(x, [1 - r.medians["packed"] / r.medians[baseline] for r in shaped], "o-", color=color, markersize=4,
+               label=label)
+    which = (trees.PAIRWISE, trees.DISTINCT).index(baseline)
+    panel.plot(x, [r.curves["bound by tokens"][which] for r in shaped], "--", color=color, linewidth=1)
 
 
 def draw_passes(results: list[Result], folder: Path) -> Path | None:

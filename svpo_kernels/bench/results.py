@@ -38,10 +38,10 @@ def figure(value: float) -> str:
 def table(result: Result) -> list[list[str]]:
     """One line a variant: name, median, spread, ratio, GB/s or TFLOP/s, share of the floor, peak MiB, error."""
     rate_unit = rate[1] if (rate := result.rate(result.ours)) else "GB/s"
-    lines = [["", result.unit, "spread", "ratio", rate_unit, "of the floor", "peak MiB", "error"]]
+    lines = [["", result.unit, "spread", "ratio", rate_unit, "of floor", "MiB", "error"]]
     for name, value in result.medians.items():
         spread = f"±{50 * result.spread[name]:.0f} %" if name in result.spread else ""
-        times = f"{result.ratio(name):.2f}x" + (" the floor" if name in result.floors else "")
+        times = f"{result.ratio(name):.2f}x" + (" floor" if name in result.floors else "")
         rate, share = result.rate(name), result.share(name)
         lines.append([name, figure(value), spread, "" if name == result.ours else times,
                       figure(rate[0]) if rate else "", f"{100 * share:.0f} %" if share else "",

@@ -111,6 +111,7 @@ def run(names: list[str], scale: str, *, quick: bool, console: Console) -> tuple
 def show(console: Console, result: Result) -> None:
     heads, *lines = results.table(result)
     table = Table(*heads, title=result.case, title_justify="left", caption=result.note, caption_justify="left")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for line in lines:
