@@ -68,6 +68,13 @@ def _linear(dtype: torch.dtype, V: int, D: int, options: dict, needs: tuple[bool
     torch.autograd.grad(out, [x for x in leaves if x.requires_grad], torch.ones_like(out))
 
 
+def _entropy(dtype: torch.dtype, V: int, options: dict, budget: float = 512) -> None:
+    hidden, weight = (torch.zeros(shape, dtype=dtype).requires_grad_() for shape in ((2, 3, 64), (V, 64)))
+    out, entropy = sk.linear_step_logps(hidden, weight, _plan(6, V), return_entropy=True, logits_budget_mb=budget,
+                                        backend="triton", **options)
+    torch.autograd.grad(out.sum() + entropy.sum(), (hidden, weight))
+
+
 def _step_calls(full: bool) -> Iterator[Callable[[], None]]:
     for dtype, (mode, options), layout in product(DTYPES, MODES.items(), LAYOUTS):
         # fp16 loads as bf16 does, and alignment does not meet the mode
@@ -90,5 +97,70 @@ def _linear_calls(full: bool) -> Iterator[Callable[[], None]]:
                 yield lambda d=dtype, V=V, D=D, o=options, n=needs: _linear(d, V, D, o, n, 1e-6)
 
 
+def _entropy_calls(full: bool) -> Iterator[Callable[[], None]]:
+    for dtype, (mode, options), V in product(DTYPES, MODES.items(), (2048, 2047, 512)):
+        if full or V == 2048 or (mode == "plain" and dtype == torch.bfloat16):
+            yield lambda d=dtype, V=V, o=options: _entropy(d, V, o)
+
+
+def _svpo_loss(preference: str, rank: str, dtype: torch.dtype = torch.float32, tensors: bool = True) -> None:
+    S, P = 6, 3
+    lp, values = (torch.zeros(S, dtype=dtype).requires_grad_() for _ in range(2))
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    given = {"preference": preference, "rank": rank}
+    if tensors:
+        given |= {"ref_step_logps": torch.zeros(S), "value_targets": torch.zeros(S), "pair_weights": torch.ones(P),
+                  "rank_margin": torch.zeros(P), "sft_steps": torch.tensor([1]), "sft_weight": 0.1,
+                  "counts": torch.tensor([3.0, 6.0, 1.0])}
+        given |= {"label_smoothing": torch.zeros(P)} if preference == "sigmoid" else {}
+        given |= {"margin": torch.zeros(P)} if preference != "ipo" else {}
+    out = sk.svpo_loss(lp, pairs, values=values, backend="triton", **given)
+    torch.autograd.grad(out.loss, (lp, values), allow_unused=True)
+
+
+def _prm(dtype: torch.dtype, C: int, D: int, activation: str | None, head: torch.dtype, bias: bool) -> None:
+    hidden, weight = torch.zeros(2, 3, D, dtype=dtype).requires_grad_(), torch.zeros(C, D, dtype=head).requires_grad_()
+    added = torch.zeros(C, dtype=head).requires_grad_() if bias else None
+    wanted = [x for x in (hidden, weight, added) if x is not None]
+    # more positions than one program sums, so that the parts of a head's gradient are joined
+    positions = torch.arange(_triton.HEAD_PART + 1) % 6
+    scores = sk.prm_scores(hidden, positions, weight, added, activation=activation, backend="triton")
+    torch.autograd.grad(scores.sum(), wanted)
+    if activation is None:
+        for reduction in ("mean", "sum", "none"):
+            labels = torch.zeros(len(positions))
+            loss = sk.prm_loss(hidden, positions, labels, weight, added, reduction=reduction, backend="triton")
+            torch.autograd.grad(loss.sum(), wanted)
+
+
+def _lm_head(dtype: torch.dtype, D: int, softcap: float | None) -> None:
+    hidden, head = (torch.zeros(6, D, dtype=dtype).requires_grad_() for _ in range(2))
+    scores = sk.prm_scores_from_lm_head(hidden, torch.tensor([0, 4]), head, 3, 1, softcap=softcap, backend="triton")
+    torch.autograd.grad(scores.sum(), (hidden, head))
+
+
+def _aggregate(how: str, dtype: torch.dtype) -> None:
+    scores = torch.zeros(6, dtype=dtype).requires_grad_()
+    torch.autograd.grad(sk.aggregate_scores(scores, torch.tensor([0, 2, 6]), how, backend="triton").sum(), scores)
+
+
+def _small_calls(full: bool) -> Iterator[Callable[[], None]]:
+    for preference, rank in product(("sigmoid", "ipo", "hinge"), ("hinge", "logistic", "implicit")):
+        yield lambda p=preference, r=rank: _svpo_loss(p, r)
+    BF16, FP32 = torch.bfloat16, torch.float32
+    yield lambda: _svpo_loss("sigmoid", "hinge", BF16, tensors=False)
+    for how, dtype in product(("min", "max", "prod", "geomean", "mean", "last"), DTYPES if full else (FP32,)):
+        yield lambda h=how, d=dtype: _aggregate(h, d)
+    heads = [(BF16, FP32), (BF16, BF16), (FP32, FP32), (torch.float16, FP32), (torch.float16, torch.float16)]
+    for (dtype, head), (C, activation), D in product(
+        heads if full else heads[:1], ((1, None), (1, "sigmoid"), (1, "tanh"), (2, None)), (4096, 63)
+    ):
+        yield lambda a=(dtype, C, D, activation, head, activation is None): _prm(*a)
+    yield lambda: _prm(BF16, 2, 4096, None, BF16, False)
+    yield lambda: _prm(FP32, 1, 4096, None, FP32, False)
+    for dtype, D, softcap in product(DTYPES if full else (BF16,), (4096, 63), (None, 30.0)):
+        yield lambda a=(dtype, D, softcap): _lm_head(*a)
+
+
 def calls(full: bool) -> list[Callable[[], None]]:
-    return [*_step_calls(full), *_linear_calls(full)]
+    return [*_step_calls(full), *_linear_calls(full), *_entropy_calls(full), *_small_calls(full)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import re
 import subprocess
 import tempfile
@@ -36,6 +37,7 @@ class Launch(NamedTuple):
     config: str
     arch: int
     warps: int
+    registers: int | None  # the most that the launcher allows, None: no limit of its own
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
@@ -110,10 +112,11 @@ def _launch(function: Any, arch: int, compile: dict[str, Any]) -> Launch:
     for i, (name, kind) in enumerate(signature.items()):
         if kind == "constexpr":
             words.append(f"{name}={constants[(i,)]}")
-        elif name in _triton.LARGE or kind in ("*bf16", "*fp16"):
+        elif name in _triton.LARGE or kind.startswith("*") and kind not in ("*fp32", "*i64"):
             words.append(f"{name}:{kind.lstrip('*')}" + ("/16" if attributes.get((i,)) else ""))
     name = f"{function.module}:{function.fn.__name__}"
-    return Launch(name, " ".join(words), arch, compile["num_warps"], signature, constants, attributes)
+    limit = json.loads(compile["specialization_data"])["options"].get("maxnreg")
+    return Launch(name, " ".join(words), arch, compile["num_warps"], limit, signature, constants, attributes)
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
@@ -135,7 +138,8 @@ def compile_launch(launch: Launch) -> tuple[Usage, bytes]:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.cache.dir = folder
         with contextlib.redirect_stdout(log):
-            made = triton.compile(source, GPUTarget("cuda", launch.arch, 32), {"num_warps": launch.warps})
+            options = {"num_warps": launch.warps, "maxnreg": launch.registers}
+            made = triton.compile(source, GPUTarget("cuda", launch.arch, 32), options)
         shared, code = made.metadata.shared, made.asm["cubin"]
     return _usage(log.getvalue(), shared), code
 
