@@ -87,11 +87,27 @@ SVPO_CPU_OP(svpo_loss_fwd, const void* step_logps, int logps_dtype, const void* 
             float* preference_term, float* value_term, float* rank_term, float* sft_term, float* accuracy,
             float* value_accuracy, float* chosen_rewards, float* rejected_rewards, float* slopes);
 
+// The same on CUDA, where a step outside [0, S) gives NaN and a count is taken as it is.
+SVPO_CUDA_OP(svpo_loss_fwd, const void* step_logps, int logps_dtype, const void* ref_step_logps, int ref_dtype,
+             const void* values, int values_dtype, const float* value_targets, const void* pairs, int pairs_wide,
+             const void* sft_steps, int sft_wide, const float* pair_weights, const float* label_smoothings,
+             const float* margins, const float* rank_margins, const float* counts, int64_t S, int64_t P, int64_t K,
+             double beta, int preference, double preference_weight, double label_smoothing, double margin,
+             double value_weight, int rank, double rank_margin, double rank_scale, double rank_weight,
+             double sft_weight, double pair_count, double value_count, double sft_count, float* loss,
+             float* preference_term, float* value_term, float* rank_term, float* sft_term, float* accuracy,
+             float* value_accuracy, float* chosen_rewards, float* rejected_rewards, float* slopes);
+
 // Gradients (S,) from the upstream of the loss and of each term (one float each, null = none); null = not needed.
 SVPO_CPU_OP(svpo_loss_bwd, const float* slopes, const float* grad_loss, const float* grad_preference,
             const float* grad_value, const float* grad_rank, const float* grad_sft, double preference_weight,
             double value_weight, double rank_weight, double sft_weight, int64_t S, float* grad_logps, float* grad_ref,
             float* grad_values);
+
+SVPO_CUDA_OP(svpo_loss_bwd, const float* slopes, const float* grad_loss, const float* grad_preference,
+             const float* grad_value, const float* grad_rank, const float* grad_sft, double preference_weight,
+             double value_weight, double rank_weight, double sft_weight, int64_t S, float* grad_logps, float* grad_ref,
+             float* grad_values);
 
 // Scores (S,) and logits (S, 2) of a head at positions (S,) int64 (wide) or int32 of hidden, row r of the flattened
 // (B * L) at (r / L) * stride_b + (r % L) * stride_l; head row r at r * weight_stride. bad < 0: one class. activation: 0
@@ -101,6 +117,12 @@ SVPO_CPU_OP(prm_scores_fwd, const void* hidden, int dtype, int64_t B, int64_t L,
             int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad, int activation,
             double softcap, float* scores, float* logits, int threads);
 
+// The same on CUDA, where a position outside [0, B * L) gives NaN.
+SVPO_CUDA_OP(prm_scores_fwd, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
+             int64_t D, const void* positions, int wide, int64_t S, const void* weight, int weight_dtype,
+             int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad, int activation,
+             double softcap, float* scores, float* logits);
+
 // Gradients from grad (S,): the named rows of grad_hidden (B, L, D) and grad_weight (rows of D), grad_bias; the caller
 // fills the rest with zeros; null = not needed.
 SVPO_CPU_OP(prm_scores_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
@@ -108,11 +130,23 @@ SVPO_CPU_OP(prm_scores_bwd, const float* grad, const void* hidden, int dtype, in
             int weight_dtype, int64_t weight_stride, int bias_dtype, const float* logits, int64_t good, int64_t bad,
             int activation, double softcap, void* grad_hidden, void* grad_weight, void* grad_bias, int threads);
 
+// The same on CUDA; a position that does not exist has no row to write.
+SVPO_CUDA_OP(prm_scores_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+             int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S, const void* weight,
+             int weight_dtype, int64_t weight_stride, int bias_dtype, const float* logits, int64_t good, int64_t bad,
+             int activation, double softcap, void* grad_hidden, void* grad_weight, void* grad_bias);
+
 // loss () or (S,) and logits (S, 2) for labels (S,) in [0, 1], NaN = unlabelled. SVPO_BAD_VALUE: another label.
 SVPO_CPU_OP(prm_loss_fwd, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
             int64_t D, const void* positions, int wide, int64_t S, const float* labels, const void* weight,
             int weight_dtype, int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad,
             int reduction, float* loss, float* logits, int threads);
+
+// The same on CUDA, where another label gives NaN. scratch: 8 bytes for each of S when the losses are summed.
+SVPO_CUDA_OP(prm_loss_fwd, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
+             int64_t D, const void* positions, int wide, int64_t S, const float* labels, const void* weight,
+             int weight_dtype, int64_t weight_stride, const void* bias, int bias_dtype, int64_t good, int64_t bad,
+             int reduction, float* loss, float* logits, void* scratch, int64_t scratch_bytes);
 
 // As prm_scores_bwd, from grad () or (S,).
 SVPO_CPU_OP(prm_loss_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
@@ -121,14 +155,28 @@ SVPO_CPU_OP(prm_loss_bwd, const float* grad, const void* hidden, int dtype, int6
             int64_t good, int64_t bad, int reduction, void* grad_hidden, void* grad_weight, void* grad_bias,
             int threads);
 
+SVPO_CUDA_OP(prm_loss_bwd, const float* grad, const void* hidden, int dtype, int64_t B, int64_t L, int64_t stride_b,
+             int64_t stride_l, int64_t D, const void* positions, int wide, int64_t S, const float* labels,
+             const void* weight, int weight_dtype, int64_t weight_stride, int bias_dtype, const float* logits,
+             int64_t good, int64_t bad, int reduction, void* grad_hidden, void* grad_weight, void* grad_bias);
+
 // out (B,) and chosen (B,) of scores (S,) with offsets (B + 1,) int64 (wide) or int32. how: 0 min, 1 prod, 2 geomean,
 // 3 mean, 4 last, 5 max. SVPO_BAD_VALUE: offsets that do not run from 0 to S.
 SVPO_CPU_OP(aggregate_scores_fwd, const void* scores, int dtype, const void* offsets, int wide, int64_t S, int64_t B,
             int how, float* out, int64_t* chosen, int threads);
 
+// The same on CUDA, where such offsets make every result NaN.
+SVPO_CUDA_OP(aggregate_scores_fwd, const void* scores, int dtype, const void* offsets, int wide, int64_t S, int64_t B,
+             int how, float* out, int64_t* chosen);
+
 // grad_scores (S,), every element.
 SVPO_CPU_OP(aggregate_scores_bwd, const float* grad, const void* scores, int dtype, const void* offsets, int wide,
             int64_t S, int64_t B, const float* out, const int64_t* chosen, int how, void* grad_scores, int threads);
+
+// The same on CUDA. scratch: 8 bytes for each of S with how 1.
+SVPO_CUDA_OP(aggregate_scores_bwd, const float* grad, const void* scores, int dtype, const void* offsets, int wide,
+             int64_t S, int64_t B, const float* out, const int64_t* chosen, int how, void* grad_scores, void* scratch,
+             int64_t scratch_bytes);
 
 // -- linear_step_logps: the passes between the products; meanings in svpo_kernels/linear_step_logps/products.py ------
 

@@ -40,4 +40,12 @@ PYBIND11_MODULE(_C_cuda, m) {
   SVPO_BIND(row_grads);
   SVPO_BIND(branch_hidden);
   SVPO_BIND(branch_weight);
+  SVPO_BIND(svpo_loss_fwd);
+  SVPO_BIND(svpo_loss_bwd);
+  SVPO_BIND(prm_scores_fwd);
+  SVPO_BIND(prm_scores_bwd);
+  SVPO_BIND(prm_loss_fwd);
+  SVPO_BIND(prm_loss_bwd);
+  SVPO_BIND(aggregate_scores_fwd);
+  SVPO_BIND(aggregate_scores_bwd);
 }

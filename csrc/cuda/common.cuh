@@ -66,6 +66,7 @@ template <class V> SVPO_DEVICE V shuffle_xor(V value, int offset) { return __shf
 template <class V> SVPO_DEVICE V shuffle(V value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The lanes for which `yes` holds; all lanes take part.
 SVPO_DEVICE uint32_t ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
+SVPO_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 // 2^x by the special function unit: 2 ulp, denormal results are 0.
 SVPO_DEVICE float exp2_approx(float x) {
   float y;

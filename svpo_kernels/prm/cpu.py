@@ -24,13 +24,13 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, good: int, bad: int,
                    activation: str, softcap: float) -> tuple[Tensor, Tensor]:
     """As the reference. Only the rows of hidden at positions and two rows of weight are read."""
-    index = _index(positions)
+    index = index_vector(positions)
     S = index.shape[0]
     scores, logits = torch.empty(S, dtype=torch.float32), torch.empty((S, 2), dtype=torch.float32)
     try:
         _native.cpu().prm_scores_fwd(
-            *_rows(hidden, index), *_head(weight), *_bias(bias), good, bad, ACTIVATIONS[activation], softcap,
-            scores.data_ptr(), logits.data_ptr(), _native.threads())
+            *hidden_arguments(hidden, index), *head_arguments(weight), *bias_arguments(bias), good, bad,
+            ACTIVATIONS[activation], softcap, scores.data_ptr(), logits.data_ptr(), _native.threads())
     except IndexError:
         check_positions("prm_scores", hidden, positions)
         raise
@@ -41,24 +41,25 @@ def prm_scores_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, weight: Tens
                    logits: Tensor, good: int, bad: int, activation: str, softcap: float, need_hidden: bool,
                    need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    index, grad, found = _index(positions), grad.contiguous(), _grads(hidden, weight, bias, need_hidden, need_weight,
-                                                                      need_bias)
+    index, grad = index_vector(positions), grad.contiguous()
+    found = new_gradients(hidden, weight, bias, bad, need_hidden, need_weight, need_bias)
     _native.cpu().prm_scores_bwd(
-        grad.data_ptr(), *_rows(hidden, index), *_head(weight), _bias(bias)[1], logits.data_ptr(), good, bad,
-        ACTIVATIONS[activation], softcap, *(_native.pointer(x) for x in found), _native.threads())
+        grad.data_ptr(), *hidden_arguments(hidden, index), *head_arguments(weight), bias_arguments(bias)[1],
+        logits.data_ptr(), good, bad, ACTIVATIONS[activation], softcap, *(_native.pointer(x) for x in found),
+        _native.threads())
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
 
 def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, good: int,
                  bad: int, reduction: str) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    index, y = _index(positions), labels.contiguous()
+    index, y = index_vector(positions), labels.contiguous()
     S = index.shape[0]
     loss = torch.empty(S if reduction == "none" else (), dtype=torch.float32)
     logits = torch.empty((S, 2), dtype=torch.float32)
     try:
         _native.cpu().prm_loss_fwd(
-            *_rows(hidden, index), y.data_ptr(), *_head(weight), *_bias(bias), good, bad,
+            *hidden_arguments(hidden, index), y.data_ptr(), *head_arguments(weight), *bias_arguments(bias), good, bad,
             _native.REDUCTIONS[reduction], loss.data_ptr(), logits.data_ptr(), _native.threads())
     except (IndexError, ValueError):
         check_positions("prm_loss", hidden, positions)
@@ -71,40 +72,42 @@ def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor
                  bias: Tensor | None, logits: Tensor, good: int, bad: int, reduction: str, need_hidden: bool,
                  need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    index, y, grad = _index(positions), labels.contiguous(), grad.contiguous()
-    found = _grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    index, y, grad = index_vector(positions), labels.contiguous(), grad.contiguous()
+    found = new_gradients(hidden, weight, bias, bad, need_hidden, need_weight, need_bias)
     _native.cpu().prm_loss_bwd(
-        grad.data_ptr(), *_rows(hidden, index), y.data_ptr(), *_head(weight), _bias(bias)[1], logits.data_ptr(), good,
-        bad, _native.REDUCTIONS[reduction], *(_native.pointer(x) for x in found), _native.threads())
+        grad.data_ptr(), *hidden_arguments(hidden, index), y.data_ptr(), *head_arguments(weight),
+        bias_arguments(bias)[1], logits.data_ptr(), good, bad, _native.REDUCTIONS[reduction],
+        *(_native.pointer(x) for x in found), _native.threads())
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
 
-def _rows(hidden: Tensor, index: Tensor) -> tuple[int, ...]:
+def hidden_arguments(hidden: Tensor, index: Tensor) -> tuple[int, ...]:
     B, L, D = hidden.shape
     stride_b, stride_l, _ = hidden.stride()
     return (hidden.data_ptr(), _native.DTYPES[hidden.dtype], B, L, stride_b, stride_l, D, index.data_ptr(),
             index.dtype == torch.int64, index.shape[0])
 
 
-def _head(weight: Tensor) -> tuple[int, int, int]:
+def head_arguments(weight: Tensor) -> tuple[int, int, int]:
     return weight.data_ptr(), _native.DTYPES[weight.dtype], weight.stride(0)
 
 
-def _bias(bias: Tensor | None) -> tuple[int, int]:
+def bias_arguments(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else (bias.data_ptr(), _native.DTYPES[bias.dtype])
 
 
-def _grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool,
-           need_bias: bool) -> list[Tensor | None]:
+def new_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, bad: int, need_hidden: bool, need_weight: bool,
+                  need_bias: bool) -> list[Tensor | None]:
     """Memory for the gradients: zeros where the kernel writes a few rows only."""
+    whole = weight.shape[0] == (2 if bad >= 0 else 1)
     return [
         hidden.new_zeros(hidden.shape) if need_hidden else None,
-        weight.new_zeros(weight.shape) if need_weight else None,
-        bias.new_zeros(bias.shape) if need_bias else None,
+        (weight.new_empty if whole else weight.new_zeros)(weight.shape) if need_weight else None,
+        bias.new_empty(bias.shape) if need_bias else None,
     ]
 
 
-def _index(positions: Tensor) -> Tensor:
+def index_vector(positions: Tensor) -> Tensor:
     return (positions if positions.dtype in (torch.int64, torch.int32) else positions.long()).contiguous()
 
 
@@ -113,12 +116,12 @@ def _index(positions: Tensor) -> Tensor:
 
 def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    x, start = scores.contiguous(), _index(offsets)
+    x, start = scores.contiguous(), index_vector(offsets)
     B = start.shape[0] - 1
     out, chosen = torch.empty(B, dtype=torch.float32), torch.empty(B, dtype=torch.int64)
     try:
-        _native.cpu().aggregate_scores_fwd(*_sequences(x, start), AGGREGATES[how], out.data_ptr(), chosen.data_ptr(),
-                                           _native.threads())
+        _native.cpu().aggregate_scores_fwd(*sequence_arguments(x, start), AGGREGATES[how], out.data_ptr(),
+                                           chosen.data_ptr(), _native.threads())
     except ValueError:
         check_offsets(scores, offsets)
         raise
@@ -128,12 +131,13 @@ def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Ten
 def aggregate_scores_bwd(grad: Tensor, scores: Tensor, offsets: Tensor, out: Tensor, chosen: Tensor,
                          how: str) -> Tensor:
     """As the reference."""
-    x, start, grad, found = scores.contiguous(), _index(offsets), grad.contiguous(), scores.new_empty(scores.shape)
-    _native.cpu().aggregate_scores_bwd(grad.data_ptr(), *_sequences(x, start), out.data_ptr(), chosen.data_ptr(),
-                                       AGGREGATES[how], found.data_ptr(), _native.threads())
+    x, start, grad = scores.contiguous(), index_vector(offsets), grad.contiguous()
+    found = scores.new_empty(scores.shape)
+    _native.cpu().aggregate_scores_bwd(grad.data_ptr(), *sequence_arguments(x, start), out.data_ptr(),
+                                       chosen.data_ptr(), AGGREGATES[how], found.data_ptr(), _native.threads())
     return found
 
 
-def _sequences(x: Tensor, start: Tensor) -> tuple[Any, ...]:
+def sequence_arguments(x: Tensor, start: Tensor) -> tuple[Any, ...]:
     return (x.data_ptr(), _native.DTYPES[x.dtype], start.data_ptr(), start.dtype == torch.int64, x.shape[0],
             start.shape[0] - 1)

@@ -31,16 +31,16 @@ def svpo_loss_fwd(
     value_count: float, sft_count: float,
 ) -> tuple[Tensor, ...]:
     """As the reference."""
-    lp, lp_at, lp_code = _vector(step_logps)
-    ref, ref_at, ref_code = _vector(ref_step_logps)
-    v, v_at, v_code = _vector(values)
-    targets, index, sft = _fp32(value_targets), _index(pairs), _index(sft_steps)
+    lp, lp_at, lp_code = vector(step_logps)
+    ref, ref_at, ref_code = vector(ref_step_logps)
+    v, v_at, v_code = vector(values)
+    targets, index, sft = fp32(value_targets), index_vector(pairs), index_vector(sft_steps)
     weights = smoothings = m = rank_m = n = None
     if pair_weights is not None or label_smoothings is not None or margins is not None or rank_margins is not None:
-        weights, smoothings = _fp32(pair_weights), _fp32(label_smoothings)
-        m, rank_m = _fp32(margins), _fp32(rank_margins)
+        weights, smoothings = fp32(pair_weights), fp32(label_smoothings)
+        m, rank_m = fp32(margins), fp32(rank_margins)
     if counts is not None:
-        n = _fp32(counts)
+        n = fp32(counts)
     S, P = (v if lp is None else lp).shape[0], index.shape[0]
     new = torch.empty_like
     loss, preference_term, value_term, rank_term, sft_term, accuracy, value_accuracy = scalars = (
@@ -90,7 +90,7 @@ def _explain(inputs: Inputs, options: Options) -> NoReturn:
     raise RuntimeError("svpo_loss: the CPU kernel refused values that the reference accepts; please report this")
 
 
-def _vector(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+def vector(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """A dense vector, its address and the code of its dtype."""
     if x is None:
         return None, 0, 0
@@ -99,11 +99,11 @@ def _vector(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.data_ptr(), _native.DTYPES[x.dtype]
 
 
-def _fp32(x: Tensor | None) -> Tensor | None:
+def fp32(x: Tensor | None) -> Tensor | None:
     return x if x is None or (x.dtype is torch.float32 and x.is_contiguous()) else x.float().contiguous()
 
 
-def _index(x: Tensor | None) -> Tensor | None:
+def index_vector(x: Tensor | None) -> Tensor | None:
     if x is None or (x.dtype in (torch.int64, torch.int32) and x.is_contiguous()):
         return x
     return (x if x.dtype == torch.int32 else x.long()).contiguous()

@@ -138,6 +138,7 @@ template <class V> V shuffle(V value, int lane, SVPO_LINE) {
   return emulation::from_word<V>(emulation::exchange(emulation::to_word(value), lane, line));
 }
 inline uint32_t ballot(bool yes, SVPO_LINE) { return emulation::vote(yes, line); }
+inline int popcount(uint32_t bits) { return __builtin_popcount(bits); }
 inline float exp2_approx(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;  // flushes; a NaN stays

@@ -1,0 +1,51 @@
+// What the small ops have in common: vectors of any dtype, indices of two widths, several sums at a time.
+#pragma once
+
+#include "common.cuh"
+
+namespace {
+
+// A vector of any storage type as doubles; nothing (null) gives 0, an element that does not exist NaN.
+struct Floats {
+  const void* data;
+  int dtype;
+  int64_t size;
+  SVPO_DEVICE double operator[](int64_t i) const {
+    if (!data) return 0.0;
+    if (i < 0 || i >= size) return NAN;
+    if (dtype == SVPO_FP32) return static_cast<const float*>(data)[i];
+    return dtype == SVPO_BF16 ? to_float(static_cast<const bf16*>(data)[i]) : to_float(static_cast<const fp16*>(data)[i]);
+  }
+};
+
+// int64 (wide) or int32.
+struct Indices {
+  const void* data;
+  int wide;
+  SVPO_DEVICE int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Sums over the threads of a block, a multiple of a warp, for every thread: in a fixed order and with one barrier.
+// `slots`: shared memory of kSums values a warp, used by no other sums of the kernel.
+template <int kSums, class Slots>
+SVPO_DEVICE void block_sums(double (&sums)[kSums], Slots& slots, int threads) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
+  if (threads == kWarp) return;
+  const int warp = thread_x() / kWarp;
+  if (thread_x() % kWarp == 0) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) slots[warp * kSums + i] = sums[i];
+  }
+  sync_threads();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = slots[i];
+  for (int other = 1; other < threads / kWarp; ++other) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += slots[other * kSums + i];
+  }
+}
+
+}  // namespace
