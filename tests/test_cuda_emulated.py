@@ -23,10 +23,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment(**cuda_emulator.environment(library), SVPO_EMULATION_FAULTS=str(faults))
 
 
-def emulate(env: dict[str, str], file: str, chosen: str = "cuda") -> int:
-    """Runs the chosen tests of a file with the plugin, half of the schedules in each of two processes; how many passed.
+def emulate(env: dict[str, str], files: str, chosen: str = "cuda") -> int:
+    """Runs the chosen tests of files with the plugin, half of the schedules in each of two processes; how many passed.
     None may fail or be skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", "-p", "no:cacheprovider", file, "-k"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", "-p", "no:cacheprovider", *files.split(), "-k"]
     halves = [
         subprocess.Popen(
             [*command, f"({chosen}) and ({half})"], env=env, cwd=TESTS, text=True, stdout=subprocess.PIPE,
@@ -41,7 +41,7 @@ def emulate(env: dict[str, str], file: str, chosen: str = "cuda") -> int:
         summary = output.splitlines()[-1]
         assert "skipped" not in summary, summary
         passed += int(re.search(r"(\d+) passed", summary).group(1))
-    print(f"emulated: {passed} cases of {file} under {len(cuda_emulator.SCHEDULES)} schedules")
+    print(f"emulated: {passed} cases of {files} under {len(cuda_emulator.SCHEDULES)} schedules")
     return passed
 
 
@@ -54,6 +54,13 @@ def test_linear_step_logps(emulated: dict[str, str]) -> None:
     """Every case frozen and recomputed (which takes every row kernel), the other modes on the branching ones."""
     chosen = "cuda and (frozen or recompute or (values and branching) or form or again or twice)"
     assert emulate(emulated, "test_linear_step_logps.py", chosen) >= 450
+
+
+def test_small_ops(emulated: dict[str, str]) -> None:
+    """The loss, the process reward ops and the aggregates: their own tests, and what only the emulation shows of them."""
+    files = "test_svpo_loss.py test_prm.py test_aggregate.py test_small_ops.py test_small_ops_bad_input.py"
+    chosen = "cuda and (ascending or not opcheck)"  # what opcheck looks at is in no kernel
+    assert emulate(emulated, f"{files} cuda_small_checks.py", chosen) >= 1700
 
 
 def test_what_only_the_emulation_shows(emulated: dict[str, str]) -> None:

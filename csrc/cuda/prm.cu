@@ -11,13 +11,14 @@
 
 namespace {
 
-constexpr int kMostThreads = 256;  // of a block that reads a row: D = 4096 in two 16-byte loads each
-constexpr int kColumns = 8;        // columns that a thread takes at a time: one load of 16 bits each, two of fp32
+constexpr int kColumns = 8;       // columns that a thread takes at a time: one load of 16 bits each, two of fp32
+constexpr int kRowThreads = 512;  // most threads of a block that reads a row: D = 4096 is one round trip to memory
+constexpr int kThreads = 256;     // of the other blocks
 
 // Threads that a row of D columns keeps busy.
 int threads_for(int64_t D) {
   const int64_t warps = ceil_div(D, kColumns * kWarp);
-  return warps < 1 ? kWarp : warps < kMostThreads / kWarp ? static_cast<int>(warps) * kWarp : kMostThreads;
+  return warps < 1 ? kWarp : warps < kRowThreads / kWarp ? static_cast<int>(warps) * kWarp : kRowThreads;
 }
 
 // -- rows --------------------------------------------------------------------------------------------------------------
@@ -112,13 +113,12 @@ SVPO_DEVICE void write_step(const Result& result, int64_t s, double good, double
 
 // Grid (S,). A position that does not exist is not read and gives NaN.
 template <class T, class W>
-SVPO_KERNEL(kMostThreads, 2) head_kernel(Hidden<T> hidden, Head<W> head, Floats bias, Result result, int threads) {
-  SVPO_SHARED(double, dots_of_warps, 2 * kMostThreads / kWarp);
+SVPO_KERNEL(kRowThreads, 1) head_kernel(Hidden<T> hidden, Head<W> head, Floats bias, Result result, int threads) {
+  SVPO_SHARED(double, dots_of_warps, 2 * kRowThreads / kWarp);
   const int64_t s = block_x(), at = hidden.positions[s], D = hidden.D;
   double dots[2] = {};
   if (hidden.has(at)) {
     const T* const row = hidden.row(at);
-#pragma unroll 2
     for (int64_t column = thread_x() * kColumns; column < D; column += threads * kColumns) {
       float x[kColumns], good[kColumns], bad[kColumns];
       load_columns(row, column, D, x);
@@ -139,14 +139,14 @@ SVPO_KERNEL(kMostThreads, 2) head_kernel(Hidden<T> hidden, Head<W> head, Floats 
 }
 
 // Grid (1,). The sum of losses (S,), or their mean over the labelled steps.
-SVPO_KERNEL(kMostThreads, 1) loss_kernel(const double* losses, const float* labels, int64_t S, bool mean, float* loss) {
-  SVPO_SHARED(double, sums_of_warps, 2 * kMostThreads / kWarp);
+SVPO_KERNEL(kThreads, 1) loss_kernel(const double* losses, const float* labels, int64_t S, bool mean, float* loss) {
+  SVPO_SHARED(double, sums_of_warps, 2 * kThreads / kWarp);
   double sums[2] = {};
-  for (int64_t s = thread_x(); s < S; s += kMostThreads) {
+  for (int64_t s = thread_x(); s < S; s += kThreads) {
     sums[0] += losses[s];
     sums[1] += labels[s] == labels[s];
   }
-  block_sums(sums, sums_of_warps, kMostThreads);
+  block_sums(sums, sums_of_warps, kThreads);
   if (thread_x() == 0) *loss = static_cast<float>(mean && sums[1] > 0.0 ? sums[0] / sums[1] : sums[0]);
 }
 
@@ -174,10 +174,10 @@ struct Upstream {
 
 // Grid (S,). Rows of grad (B * L, D) at the positions; the others are not touched.
 template <class T, class W>
-SVPO_KERNEL(kMostThreads, 2)
+SVPO_KERNEL(kRowThreads, 1)
 head_hidden_kernel(Hidden<T> hidden, Head<W> head, Upstream upstream, T* grad, int threads) {
   enum { kGood, kBad, kEarlier, kLabelled, kSums };
-  SVPO_SHARED(double, sums_of_warps, kSums * kMostThreads / kWarp);
+  SVPO_SHARED(double, sums_of_warps, kSums * kRowThreads / kWarp);
   const int64_t s = block_x(), at = hidden.positions[s], D = hidden.D;
   if (!hidden.has(at)) return;
   double sums[kSums] = {};
@@ -192,7 +192,6 @@ head_hidden_kernel(Hidden<T> hidden, Head<W> head, Upstream upstream, T* grad, i
   block_sums(sums, sums_of_warps, threads);
   if (sums[kEarlier] != 0.0) return;
   const double scale = upstream.scale(sums[kLabelled]), c_good = sums[kGood] * scale, c_bad = sums[kBad] * scale;
-#pragma unroll 2
   for (int64_t column = thread_x() * kColumns; column < D; column += threads * kColumns) {
     float good[kColumns], bad[kColumns];
     load_columns(head.good_row(), column, D, good);
@@ -208,8 +207,10 @@ head_hidden_kernel(Hidden<T> hidden, Head<W> head, Upstream upstream, T* grad, i
 
 constexpr int kGroups = 8;                       // groups of kColumns that a block sums: 128 bytes a row of 16 bits
 constexpr int kTile = kGroups * kColumns;        // its columns
-constexpr int kSweep = kMostThreads / kGroups;   // steps that it reads at a time, one a thread of a group
-constexpr int kTileWarps = kMostThreads / kWarp;
+constexpr int kSweep = kThreads / kGroups;       // steps that it reads at a time, one a thread of a group
+constexpr int kTileWarps = kThreads / kWarp;
+constexpr int kFlight = 4;                       // sweeps whose loads are under way at once
+static_assert(kThreads % (kFlight * kSweep) == 0, "what is behind the last step is read too, and counts 0");
 
 // Where the gradients of a head go; null: not needed.
 struct HeadGradients {
@@ -224,12 +225,12 @@ struct HeadGradients {
 template <class T>
 SVPO_DEVICE void add_steps(const Hidden<T>& hidden, const Upstream& upstream, int64_t column, bool rows,
                            double (&good)[kColumns], double (&bad)[kColumns], double (&totals)[3]) {
-  SVPO_SHARED(double, good_of_steps, kMostThreads);
-  SVPO_SHARED(double, bad_of_steps, kMostThreads);
-  SVPO_SHARED(int64_t, rows_of_steps, kMostThreads);
+  SVPO_SHARED(double, good_of_steps, kThreads);
+  SVPO_SHARED(double, bad_of_steps, kThreads);
+  SVPO_SHARED(int64_t, rows_of_steps, kThreads);
   const int t = thread_x();
-  for (int64_t chunk = 0; chunk < hidden.S; chunk += kMostThreads) {
-    const int64_t own = chunk + t, count = hidden.S - chunk < kMostThreads ? hidden.S - chunk : kMostThreads;
+  for (int64_t chunk = 0; chunk < hidden.S; chunk += kThreads) {
+    const int64_t own = chunk + t, count = hidden.S - chunk < kThreads ? hidden.S - chunk : kThreads;
     Coefficients c = {0.0, 0.0};
     if (own < hidden.S) {
       c = upstream.of(own);
@@ -243,16 +244,21 @@ SVPO_DEVICE void add_steps(const Hidden<T>& hidden, const Upstream& upstream, in
     bad_of_steps[t] = c.bad;
     rows_of_steps[t] = own < hidden.S ? hidden.positions[own] : -1;
     sync_threads();
-#pragma unroll 4
-    for (int i = t / kGroups; i < count; i += kSweep) {
-      float x[kColumns] = {};
-      const int64_t at = rows_of_steps[i];
-      if (column < hidden.D && hidden.has(at)) load_columns(hidden.row(at), column, hidden.D, x);
-      const double c_good = good_of_steps[i], c_bad = bad_of_steps[i];
+    for (int64_t i = t / kGroups; i < count; i += kFlight * kSweep) {
+      float x[kFlight][kColumns] = {};
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        good[j] = ::fma(static_cast<double>(x[j]), c_good, good[j]);
-        if (upstream.two) bad[j] = ::fma(static_cast<double>(x[j]), c_bad, bad[j]);
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t at = rows_of_steps[i + k * kSweep];
+        if (column < hidden.D && hidden.has(at)) load_columns(hidden.row(at), column, hidden.D, x[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const double c_good = good_of_steps[i + k * kSweep], c_bad = bad_of_steps[i + k * kSweep];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          good[j] = ::fma(static_cast<double>(x[k][j]), c_good, good[j]);
+          if (upstream.two) bad[j] = ::fma(static_cast<double>(x[k][j]), c_bad, bad[j]);
+        }
       }
     }
   }
@@ -260,13 +266,13 @@ SVPO_DEVICE void add_steps(const Hidden<T>& hidden, const Upstream& upstream, in
 
 // Grid (tiles of columns, at least 1). The head's rows `good` and `bad`, every column, and its two biases.
 template <class T>
-SVPO_KERNEL(kMostThreads, 1) head_weight_kernel(Hidden<T> hidden, Upstream upstream, HeadGradients out) {
+SVPO_KERNEL(kThreads, 1) head_weight_kernel(Hidden<T> hidden, Upstream upstream, HeadGradients out) {
   SVPO_SHARED(double, totals_of_warps, 3 * kTileWarps);
   SVPO_SHARED(double, sums_of_warps, 2 * kTile * kTileWarps);
   const int t = thread_x(), group = t % kGroups;
   double good[kColumns] = {}, bad[kColumns] = {}, totals[3] = {};
   add_steps(hidden, upstream, block_x() * kTile + group * kColumns, out.weight != nullptr, good, bad, totals);
-  block_sums(totals, totals_of_warps, kMostThreads);
+  block_sums(totals, totals_of_warps, kThreads);
   const double scale = upstream.scale(totals[2]);
   if (out.bias && block_x() == 0 && t == 0) {
     store_as(out.bias, out.bias_dtype, out.good, totals[0] * scale);
@@ -343,7 +349,7 @@ int launch_backward(const Call& call, const Upstream& upstream, void* grad_hidde
       });
     const int64_t tiles = out.weight ? ceil_div(call.D, kTile) : 0;
     if (status != SVPO_OK || (!out.weight && !out.bias)) return status;
-    return launch("head_weight", head_weight_kernel<T>, Grid{tiles > 1 ? tiles : 1, 1}, kMostThreads, queue,
+    return launch("head_weight", head_weight_kernel<T>, Grid{tiles > 1 ? tiles : 1, 1}, kThreads, queue,
                   call.rows<T>(), upstream, out);
   });
 }
@@ -388,7 +394,7 @@ extern "C" int svpo_cuda_prm_loss_fwd(
   const Result result = {labels, SVPO_ACTIVATION_NONE, 0.0, each ? loss : nullptr, logits, losses};
   const int status = launch_forward(call, bias, bias_dtype, result, queue);
   if (status != SVPO_OK || each) return status;
-  return launch("prm_loss", loss_kernel, Grid{1, 1}, kMostThreads, queue, losses, labels, S, reduction == SVPO_MEAN, loss);
+  return launch("prm_loss", loss_kernel, Grid{1, 1}, kThreads, queue, losses, labels, S, reduction == SVPO_MEAN, loss);
 }
 
 extern "C" int svpo_cuda_prm_loss_bwd(
