@@ -22,8 +22,11 @@ from typing import NamedTuple
 from svpo_kernels import _native
 
 PINS = Path(__file__).with_name("cuda_pins.json")
-# The kernels that move rows of V columns: (16-byte loads, 16-byte stores) they must have.
-ROW_KERNELS = {"statistics_kernel": (True, False), "gradient_kernel": (True, True)}
+# The kernels that move rows of V or D columns: (16-byte loads, 16-byte stores) they must have.
+ROW_KERNELS = {
+    "statistics_kernel": (True, False), "gradient_kernel": (True, True), "head_kernel": (True, False),
+    "head_hidden_kernel": (True, True), "head_weight_kernel": (True, False),
+}
 
 
 class Kernel(NamedTuple):

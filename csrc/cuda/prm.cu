@@ -11,7 +11,6 @@
 
 namespace {
 
-constexpr int kColumns = 8;       // columns that a thread takes at a time: one load of 16 bits each, two of fp32
 constexpr int kRowThreads = 512;  // most threads of a block that reads a row: D = 4096 is one round trip to memory
 constexpr int kThreads = 256;     // of the other blocks
 
@@ -41,46 +40,6 @@ struct Head {
   SVPO_DEVICE const W* good_row() const { return data + good * stride; }
   SVPO_DEVICE const W* bad_row() const { return data + (two() ? bad : good) * stride; }
 };
-
-// Columns that 16-byte loads and stores may take whole. A row of hidden and one of the head need not lie alike, so no
-// scalars in front could align both: a row that does not start on 16 bytes goes column by column.
-template <class T>
-SVPO_DEVICE bool whole(const T* row, int64_t column, int64_t D) {
-  return D - column >= kColumns && reinterpret_cast<uintptr_t>(row + column) % 16 == 0;
-}
-
-// Columns [column, column + kColumns) of a row of D, 0 behind its end.
-template <class T>
-SVPO_DEVICE void load_columns(const T* row, int64_t column, int64_t D, float (&x)[kColumns]) {
-  if (whole(row, column, D)) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i += kPack<T>) {
-      const Pack<T> pack = load_pack(row + column + i);
-#pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) x[i + j] = to_float(pack.at[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) x[i] = column + i < D ? to_float(row[column + i]) : 0.0f;
-}
-
-template <class T>
-SVPO_DEVICE void store_columns(T* row, int64_t column, int64_t D, const float (&x)[kColumns]) {
-  if (whole(row, column, D)) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i += kPack<T>) {
-      Pack<T> pack;
-#pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) pack.at[j] = from_float<T>(x[i + j]);
-      store_pack(row + column + i, pack);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i)
-    if (column + i < D) row[column + i] = from_float<T>(x[i]);
-}
 
 SVPO_DEVICE void store_as(void* to, int dtype, int64_t i, double x) {
   const float value = static_cast<float>(x);

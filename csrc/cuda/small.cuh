@@ -1,4 +1,5 @@
-// What the small ops have in common: vectors of any dtype, indices of two widths, several sums at a time.
+// What the small ops have in common: vectors of any dtype, indices of two widths, several sums at a time; and the columns
+// of rows that lie next to each other in no particular way.
 #pragma once
 
 #include "common.cuh"
@@ -46,6 +47,50 @@ SVPO_DEVICE void block_sums(double (&sums)[kSums], Slots& slots, int threads) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += slots[other * kSums + i];
   }
+}
+
+// -- columns of a row --------------------------------------------------------------------------------------------------
+
+constexpr int kColumns = 8;  // that a thread takes at a time: one 16-byte load of 16-bit numbers, two of fp32
+
+// Columns that 16-byte loads and stores may take whole. A row of hidden and one of the head need not lie alike, so no
+// scalars in front could align both: a row that does not start on 16 bytes goes column by column.
+template <class T>
+SVPO_DEVICE bool whole(const T* row, int64_t column, int64_t D) {
+  return D - column >= kColumns && reinterpret_cast<uintptr_t>(row + column) % 16 == 0;
+}
+
+// Columns [column, column + kColumns) of a row of D, 0 behind its end.
+template <class T>
+SVPO_DEVICE void load_columns(const T* row, int64_t column, int64_t D, float (&x)[kColumns]) {
+  if (whole(row, column, D)) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kPack<T>) {
+      const Pack<T> pack = load_pack(row + column + i);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) x[i + j] = to_float(pack.at[j]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) x[i] = column + i < D ? to_float(row[column + i]) : 0.0f;
+}
+
+template <class T>
+SVPO_DEVICE void store_columns(T* row, int64_t column, int64_t D, const float (&x)[kColumns]) {
+  if (whole(row, column, D)) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kPack<T>) {
+      Pack<T> pack;
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) pack.at[j] = from_float<T>(x[i + j]);
+      store_pack(row + column + i, pack);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i)
+    if (column + i < D) row[column + i] = from_float<T>(x[i]);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Process reward heads at the step ends, aggregates of step scores: reference -> cpu -> (triton_ ->) cuda -> this."""
+"""Process reward heads at the step ends, aggregates of step scores: reference -> cpu -> triton_ -> cuda -> this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step-level preference, value, ranking and SFT loss: reference -> cpu -> (triton_ ->) cuda -> presets -> this file."""
+"""Step-level preference, value, ranking and SFT loss: reference -> cpu -> triton_ -> cuda -> presets -> this file."""
 
 from __future__ import annotations
 
