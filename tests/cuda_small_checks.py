@@ -1,4 +1,4 @@
-"""What only the emulation can show of the small ops' CUDA kernels: bad indices, order, alignment, wide offsets, scratch.
+"""What only the emulation can show of the small ops' CUDA kernels: bad indices, order, alignment, offsets, scratch.
 
 Run by tests/test_cuda_emulated.py with the plugin cuda_emulator, under every schedule.
 """
@@ -33,9 +33,10 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def svpo_arguments(S: int, P: int, K: int, pairs: Tensor | None = None, sft: Tensor | None = None, **options) -> tuple:
     """lp, ref, v, targets and their pairs, all terms on."""
     targets = torch.where(torch.rand(S) < 0.7, torch.randn(S), NAN)
+    pairs = torch.randint(0, S, (P, 2)) if pairs is None else pairs
+    sft = torch.randint(0, S, (K,)) if sft is None else sft
     inputs = loss_reference.Inputs(
-        torch.randn(S), torch.randn(S), torch.randn(S), targets, torch.randint(0, S, (P, 2)) if pairs is None else pairs,
-        torch.randint(0, S, (K,)) if sft is None else sft, pair_weights=torch.rand(P))
+        torch.randn(S), torch.randn(S), torch.randn(S), targets, pairs, sft, pair_weights=torch.rand(P))
     numbers = {"beta": 0.5, "preference": "sigmoid", "preference_weight": 1.0, "label_smoothing": 0.1, "margin": 0.2,
                "value_weight": 1.0, "rank": "logistic", "rank_margin": 0.0, "rank_scale": 1.0, "rank_weight": 1.0,
                "sft_weight": 0.5, **options}
@@ -156,7 +157,8 @@ def test_repeated_positions_in_a_fixed_order() -> None:
 def test_offsets_are_wide() -> None:
     """A row of hidden more than 2^31 elements behind the first: mapped, never touched but for that row."""
     D, rows = 32768, 70000
-    memory = mmap.mmap(-1, rows * D * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, rows * D * 2, flags=flags)
     hidden = torch.frombuffer(memory, dtype=BF16).view(1, rows, D)
     hidden[0, -1] = torch.randn(D)
     weight = torch.randn(1, D) / D**0.5

@@ -26,7 +26,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def emulate(env: dict[str, str], files: str, chosen: str = "cuda") -> int:
     """Runs the chosen tests of files with the plugin, half of the schedules in each of two processes; how many passed.
     None may fail or be skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", "-p", "no:cacheprovider", *files.split(), "-k"]
+    options = ["-q", "-p", "cuda_emulator", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *files.split(), "-k"]
     halves = [
         subprocess.Popen(
             [*command, f"({chosen}) and ({half})"], env=env, cwd=TESTS, text=True, stdout=subprocess.PIPE,
@@ -57,7 +58,7 @@ def test_linear_step_logps(emulated: dict[str, str]) -> None:
 
 
 def test_small_ops(emulated: dict[str, str]) -> None:
-    """The loss, the process reward ops and the aggregates: their own tests, and what only the emulation shows of them."""
+    """The loss, the process reward ops and the aggregates: their own tests, and what only the emulation shows."""
     files = "test_svpo_loss.py test_prm.py test_aggregate.py test_small_ops.py test_small_ops_bad_input.py"
     chosen = "cuda and (ascending or not opcheck)"  # what opcheck looks at is in no kernel
     assert emulate(emulated, f"{files} cuda_small_checks.py", chosen) >= 1700
