@@ -16,7 +16,7 @@ from .._autograd import once_differentiable
 from .._checks import fail, require_float, require_positive, require_same_device, require_shape
 from ..plan import PlanTensors, StepPlan, flatten
 from ..step_logps import as_plan, check_bounds, check_options, fake_rows
-from . import modes
+from . import modes, shards
 from .modes import Options
 
 # -- raw ops ----------------------------------------------------------------------------------------------------------
@@ -47,7 +47,8 @@ def _fake_fwd(
     o, view = Options(*options), PlanTensors(*plan)
     R, N = view.rows.shape[0], view.labels.shape[0]
     D = hidden.shape[-1] + (0 if lora_a is None else lora_a.shape[0])
-    saved = modes.saved_shape(o.mode, R, D, o.vocab_size, modes.limits(o.vocab_size, hidden, o).kept)
+    share = shards.share(o)
+    saved = modes.saved_shape(o.mode, R, D, share.columns, modes.limits(share.widest, hidden, o).kept)
     out, *stats = fake_rows(hidden, plan, o.reduction)
     entropies, entropy = (out.new_empty(size if o.entropy else 0) for size in (N, R))
     return out, entropies, *stats, entropy, out.new_empty(N), hidden.new_empty(saved)
@@ -180,7 +181,10 @@ def linear_step_logps(
         bias: (V,) or None.
         logits_budget_mb: MiB; bounds all (rows, V) memory of the op, kept and scratch together. A chunk has at least 64
             rows on the CPU and 256 on CUDA even when the budget is smaller.
-        process_group: not in this version; anything but None raises.
+        process_group: the processes that share the vocabulary: weight, bias and lora_b are this one's rows of them, in
+            rank order, as many as it likes (none, or padding alone, too); a DTensor sharded on dim 0 brings its group.
+            All else is the same on every process, hidden's gradient too, which is complete everywhere; labels and
+            vocab_size count over all shards. The first call with a weight exchanges sizes on the host.
         lora_a, lora_b, lora_scaling: (r, D), (V, r): low-rank factors on the head as `peft` puts them there (without
             dropout), in hidden's dtype or fp32, never merged into weight.
         return_entropy: also return the entropy of each prediction's row, -sum of p log p. Its gradient is no multiple
@@ -198,19 +202,29 @@ def linear_step_logps(
     upstream factored out of the unit gradient so that it can be applied after the product.
     """
     op = "linear_step_logps"
-    if process_group is not None:
-        fail(op, "process_group", "None (this version does not support it yet)", process_group)
+    given = weight
+    process_group, (weight, bias, lora_a, lora_b) = shards.local(
+        op, process_group, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b
+    )
     require_float(op, "hidden", hidden)
     require_float(op, "weight", weight)
     hidden, weight, bias, lora_a, lora_b = _autocast(hidden, weight, bias, lora_a, lora_b)
     _check_head(op, hidden, weight, bias)
     _check_lora(op, hidden, weight, lora_a, lora_b)
     require_positive(op, "logits_budget_mb", logits_budget_mb)
-    base = check_options(op, weight.shape[0], vocab_size, temperature, softcap, reduction)
     plan = as_plan(op, hidden, labels, step_ids, shift, num_steps, _compact)
     needs, needs_lora = _requires_grad(hidden, weight, bias), any(_requires_grad(lora_a, lora_b))
     mode = modes.mode(*needs, torch.is_grad_enabled(), bool(return_entropy), needs_lora)
-    options = Options(*base, float(logits_budget_mb), mode, bool(return_entropy), float(lora_scaling))
+    group, sizes = "", ()
+    if process_group is not None:
+        group = process_group.group_name
+        same = {"hidden": (hidden.dtype, *hidden.shape), "weight": weight.shape[1], "vocab_size": vocab_size,
+                "labels": [index.shape[0] for index in plan[:-1]], "logits_budget_mb": logits_budget_mb,
+                "lora_a": None if lora_a is None else tuple(lora_a.shape), "mode": mode}
+        sizes = shards.layout(op, given, weight.shape[0], process_group, same)
+    base = check_options(op, sum(sizes) if group else weight.shape[0], vocab_size, temperature, softcap, reduction)
+    more = (float(logits_budget_mb), mode, bool(return_entropy), float(lora_scaling), group, sizes)
+    options = Options(*base, *more)
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     result = _LinearStepLogps.apply(batched, weight, bias, lora_a, lora_b, options, backend, *plan)
     out, entropies = result if return_entropy else (result, None)

@@ -36,6 +36,12 @@ class Head(NamedTuple):
         bias, lora_b = (None if t is None else t[:V] for t in (self.bias, self.lora_b))
         return self._replace(weight=self.weight[:V], bias=bias, lora_b=lora_b)
 
+    def wide(self) -> Head:
+        """With B in fp32: in bf16 the shares of dA, added up, had 1.4 times eager's error."""
+        if self.lora_b is None:
+            return self
+        return self._replace(lora_b=self.lora_b.to(torch.promote_types(self.lora_b.dtype, torch.float32)))
+
     @property
     def rank(self) -> int:
         return 0 if self.lora_a is None else self.lora_a.shape[0]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _memory
-from ..plan import PlanTensors, gather_rows, row_of_prediction, scatter_rows, spread_rows
-from . import modes
+from ..plan import PlanTensors, gather_rows, scatter_rows, spread_rows
+from . import modes, shards
+from .branching import branch_terms
 from .head import Head, HeadGradients
 
 
@@ -89,7 +90,9 @@ def forward(
     label_z0 (N,) and what the mode keeps. Entropies have size 0 unless they are asked for."""
     o, view = modes.Options(*options), PlanTensors(*(index.contiguous() for index in plan))
     h = gather_rows(hidden, view.rows)
-    head = Head(weight, bias, lora_a, lora_b, o.lora_scaling).cut(o.vocab_size)
+    share = shards.share(o)
+    kernels = shards.Shard(kernels, view, o).row_kernels() if o.group else kernels
+    head = Head(weight, bias, lora_a, lora_b, o.lora_scaling).cut(share.columns)
     V, (R, D) = head.weight.shape[0], h.shape
     low = head.low(h)
     label_z0 = head.label_logits(kernels, h, low, view)
@@ -97,7 +100,7 @@ def forward(
         label_z0, label_z0.new_zeros(view.labels.shape[0]), *(label_z0.new_zeros(R) for _ in range(2)),
         label_z0.new_zeros(R) if o.entropy else None,
     )
-    limit = modes.limits(V, h, o)
+    limit = modes.limits(share.widest, h, o)
     saved = _memory.empty(h, modes.saved_shape(o.mode, R, D + head.rank, V, limit.kept)).tensor
     kept = 0 if o.mode == "frozen" else saved.shape[0]
     buffer = scratch(h, R - kept, limit.chunk, V)
@@ -143,8 +146,10 @@ def backward(
     and for weight's when main_grad, fp32 like weight, has taken it."""
     o, view = modes.Options(*options), PlanTensors(*(index.contiguous() for index in plan))
     h = gather_rows(hidden, view.rows)
+    kernels = shards.Shard(kernels, view, o).row_kernels() if o.group else kernels
     whole = Head(weight, bias, lora_a, lora_b, o.lora_scaling)
-    head = whole.cut(o.vocab_size)
+    head = whole.cut(shards.share(o).columns)
+    head = head.wide() if o.group else head
     stats = Stats(label_z0, logp, row_max, row_logsum, entropy if o.entropy else torch.zeros_like(row_max))
     upstream = Upstream.of(kernels, grad_out, grad_entropy, stats, view, o)
     grads = HeadGradients(whole, head, needs, main_grad)
@@ -153,16 +158,18 @@ def backward(
     else:
         uw, ub = _unit_products(kernels, head, h, stats, upstream, saved, grads, view, o)
     needs_hidden, _, _, needs_a, _ = needs
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
     dlow = upstream.apply(kernels, ub, head.lora_b, view) if head.rank and (needs_hidden or needs_a) else None
+    drows = upstream.apply(kernels, uw, head.weight, view) if needs_hidden else hidden.new_empty(0)
+    if o.group:
+        drows, dlow = shards.sum_(o, drows, dlow)
+    if needs_hidden and dlow is not None:
+        head.add_low(drows, dlow)
+    da = head.grad_a(h, dlow) if needs_a else hidden.new_empty(0)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
     if needs_hidden:
-        drows = upstream.apply(kernels, uw, head.weight, view)
-        if dlow is not None:
-            head.add_low(drows, dlow)
         scatter_rows(dhidden, view.rows, drows)
-    da = head.grad_a(h, dlow).to(lora_a.dtype) if needs_a else hidden.new_empty(0)
     dweight, dbias, db = grads.finish(kernels, h, upstream.terms, view)
-    return dhidden, dweight, dbias, da, db
+    return dhidden, dweight, dbias, da.to(lora_a.dtype) if needs_a else da, db
 
 
 class Upstream(NamedTuple):
@@ -219,7 +226,7 @@ def _unit_products(
     In logits mode U is the whole gradient. What was not kept is multiplied again, chunk by chunk.
     """
     (R, D), V, kept = h.shape, head.weight.shape[0], saved.shape[0]
-    limit = modes.limits(V, h, o)
+    limit = modes.limits(shards.share(o).widest, h, o)
     parts = modes.parts(R, kept, limit.chunk, o.mode)
     buffer = scratch(h, R if o.mode == "logits" else R - kept, limit.chunk, V)
     uw = h.new_empty(R, D) if grads.needs_hidden else None
@@ -241,44 +248,6 @@ def _unit_products(
             ub[start:stop] = head.low_product(unit)
         grads.add(unit, start, stop, upstream)
     return uw, ub
-
-
-# -- branching rows ---------------------------------------------------------------------------------------------------
-
-
-def branch_terms(
-    label_z0: Tensor, logp: Tensor, g: Tensor, plan: PlanTensors, vocab_size: int, temperature: float, softcap: float
-) -> Tensor:
-    """(N,) what dz0 holds beside G U: at a label that is not l* g_n J, at l* -(the others' g) J; elsewhere 0.
-
-    A row with one distinct label has none. In fp64 on (N,) vectors, on every backend.
-    """
-    row, _ = row_of_prediction(plan)
-    likely = likeliest(logp, plan, vocab_size)
-    is_likely = torch.arange(logp.shape[0], device=logp.device) == (likely[row] if likely.numel() else -1)
-    others = torch.segment_reduce(  # in order: no float atomics
-        g.double().masked_fill(is_likely, 0.0), "sum", offsets=plan.row_start, initial=0, unsafe=True
-    )
-    inside = (plan.labels >= 0) & (plan.labels < vocab_size)
-    own = torch.where(is_likely, -others[row] if others.numel() else 0.0, g.double())
-    return torch.where(inside, own * slope(label_z0, temperature, softcap), 0.0).to(g.dtype)
-
-
-def likeliest(logp: Tensor, plan: PlanTensors, vocab_size: int) -> Tensor:
-    """(R,) l* of each row as a prediction: the most probable distinct label, ties: the first. N where there is none."""
-    R, N = plan.rows.shape[0], logp.shape[0]
-    row, scored = row_of_prediction(plan)
-    n = torch.arange(N, device=logp.device)
-    distinct = scored & (plan.first == n) & (plan.labels >= 0) & (plan.labels < vocab_size)
-    best = logp.new_full((R,), -torch.inf).scatter_reduce(0, row, logp.masked_fill(~distinct, -torch.inf), "amax")
-    at_best = distinct & (logp == (best[row] if R else logp))
-    return row.new_full((R,), N).scatter_reduce(0, row, torch.where(at_best, n, N), "amin")
-
-
-def slope(label_z0: Tensor, temperature: float, softcap: float) -> Tensor:
-    """J = dz/dz0 at label logits, fp64."""
-    tanh = torch.tanh(label_z0.double() / softcap) if softcap else torch.zeros_like(label_z0, dtype=torch.float64)
-    return (1.0 - tanh) * (1.0 + tanh) / temperature
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------

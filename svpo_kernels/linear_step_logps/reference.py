@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from ..plan import PlanTensors, gather_rows, scatter_rows, spread_rows
 from ..step_logps.reference import reduce_steps, row_gradient, row_logps, row_statistics, transform
-from . import modes
+from . import modes, shards
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -42,8 +42,9 @@ def linear_step_logps_fwd(
     z = transform(logits(h, weight, bias, lora_a, lora_b, o), o.vocab_size, *o.transform)
     logp = row_logps(z, view)
     D = h.shape[1] + (0 if lora_a is None else lora_a.shape[0])
-    kept = modes.limits(o.vocab_size, h, o).kept
-    saved = h.new_zeros(modes.saved_shape(o.mode, h.shape[0], D, o.vocab_size, kept))
+    share = shards.share(o)
+    kept = modes.limits(share.widest, h, o).kept
+    saved = h.new_zeros(modes.saved_shape(o.mode, h.shape[0], D, share.columns, kept))
     entropy = row_entropy(z) if o.entropy else logp.new_empty(0)
     entropies = spread_rows(entropy, view) if o.entropy else logp.new_empty(0)
     out = reduce_steps(logp, view, o.reduction)
@@ -77,18 +78,23 @@ def linear_step_logps_bwd(
     drows = row_gradient(grad_out, z0, view, o.vocab_size, *o.transform, o.reduction)
     if o.entropy:
         drows = drows + entropy_gradient(row_sums(grad_entropy, view), z0, o)
-    drows = drows.to(h.dtype)
-    V = drows.shape[1]
+    first, V, _ = shards.share(o)
+    drows = drows[:, first : first + V].to(h.dtype)  # the columns of this process
     low = dlow = None
     if lora_a is not None:
         low = o.lora_scaling * linear(h.to(lora_a.dtype), lora_a)
         dlow = o.lora_scaling * (drows.to(lora_b.dtype) @ lora_b[:V])
-    dhidden, dweight, dbias, da, db = (hidden.new_empty(0) for _ in range(5))
+    dhidden, dweight, dbias, da, db, values = (hidden.new_empty(0) for _ in range(6))
     needs_hidden, needs_weight, needs_bias, needs_a, needs_b = needs
     if needs_hidden:
         values = drows @ weight[:V]
+    if o.group:
+        values, dlow = shards.sum_(o, values, dlow)
+    if needs_hidden:
         dhidden = hidden.new_zeros(hidden.shape)
         scatter_rows(dhidden, view.rows, values if dlow is None else values + (dlow @ lora_a).to(h.dtype))
+    if needs_a:
+        da = dlow.t() @ h.to(dlow.dtype)
     if needs_weight:
         if main_grad is None:
             dweight = padded(drows.t() @ h, weight)
@@ -96,8 +102,6 @@ def linear_step_logps_bwd(
             main_grad[:V] += drows.t() @ h
     if needs_bias:
         dbias = padded(drows.sum(0), bias)
-    if needs_a:
-        da = dlow.t() @ h.to(dlow.dtype)
     if needs_b:
         db = padded(drows.to(low.dtype).t() @ low, lora_b)
     return dhidden, dweight, dbias, da, db
@@ -106,12 +110,12 @@ def linear_step_logps_bwd(
 def logits(
     h: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, o: modes.Options
 ) -> Tensor:
-    """z0 (R, vocab_size), rounded to the input dtype after each of its two terms."""
-    V = o.vocab_size
+    """z0 (R, vocab_size), of all shards, rounded to the input dtype after each of its two terms."""
+    V = shards.share(o).columns
     z0 = linear(h, weight[:V], None if bias is None else bias[:V])
     if lora_a is not None:
         z0 = (z0 + linear(linear(h.to(lora_a.dtype), lora_a), lora_b[:V]) * o.lora_scaling).to(h.dtype)
-    return z0
+    return shards.gather_columns(z0, o) if o.group else z0
 
 
 def row_entropy(z: Tensor) -> Tensor:
