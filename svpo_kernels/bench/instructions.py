@@ -30,7 +30,7 @@ from . import machine, results
 from .race import Result
 
 UNIT = "instructions"
-NOISE = 0.005  # the heap lies elsewhere in another run, which moves an unaligned head or tail of a row: 0.1 % seen
+NOISE = 0.005  # two runs of one build agree to the instruction; buffers that lie elsewhere may move the head of a row
 JSON = "instructions.json"
 REPLAY = Path(__file__).with_name("replay.py")
 Call = tuple[str, list[Any]]  # native op, arguments: numbers, and bytes for what a pointer pointed to
@@ -132,7 +132,8 @@ def run(folder: Path, console: Console, only: str = "") -> dict[str, Any]:
     found = [Result(f"{op} in {name}", "ours", UNIT, {"ours": n}, family=UNIT)
              for (name, op), n in zip(jobs, counts, strict=True)]
     for result in found:
-        console.print(f"{result.medians['ours']:>12,} instructions  {result.case}", highlight=False)
+        console.print(f"{result.medians['ours']:>12,} instructions  {result.case}", highlight=False,
+                      soft_wrap=True)
     about = {**machine.describe("svpo bench --instructions"), "isa": "avx2 (valgrind has no AVX-512)"}
     (folder / JSON).unlink(missing_ok=True)
     results.write(folder / JSON, about, found)
