@@ -6,7 +6,7 @@ is one pass of a kernel over the chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,24 @@ dispatch.define(
 # -- autograd ---------------------------------------------------------------------------------------------------------
 
 
+class MainGrad(NamedTuple):
+    """A parameter and the fp32 tensor in which its gradient is added up over micro-batches."""
+
+    weight: Tensor
+    grad: Tensor
+
+    @classmethod
+    def of(cls, op: str, weight: Tensor) -> MainGrad | None:
+        """Of `weight.main_grad`, where there is one."""
+        grad = None if torch.compiler.is_compiling() else getattr(weight, "main_grad", None)
+        if grad is None or not weight.requires_grad:
+            return None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if grad.shape != weight.shape or grad.dtype != wide or grad.stride(-1) != 1:
+            fail(op, "weight.main_grad", f"{tuple(weight.shape)} {wide}, rows contiguous", grad)
+        return cls(weight, grad)
+
+
 class _LinearStepLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,6 +130,7 @@ class _LinearStepLogps(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
+        main: MainGrad | None,
         options: Options,
         backend: str,
         *plan: Tensor,
@@ -119,20 +138,25 @@ class _LinearStepLogps(torch.autograd.Function):
         inputs = (hidden, weight, bias, lora_a, lora_b)
         out, entropies, *kept = torch.ops.svpo.linear_step_logps_fwd(*inputs, list(plan), *options, backend)
         ctx.save_for_backward(*inputs, *kept, *plan)
-        ctx.options, ctx.backend = options, backend
+        ctx.main, ctx.options, ctx.backend = main, options, backend
         return (out, entropies) if options.entropy else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_entropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:5])
         inputs, kept, plan = saved[:5], saved[5:11], list(saved[11:])
         entropies = grad_out.new_empty(0) if grad_entropy is None else grad_entropy.contiguous()
-        grads = torch.ops.svpo.linear_step_logps_bwd(
-            grad_out.contiguous(), entropies, *inputs, *kept, plan, list(needs), *ctx.options, ctx.backend
-        )
+        args = (grad_out.contiguous(), entropies, *inputs, *kept, plan, list(needs), *ctx.options, ctx.backend)
+        if ctx.main is None or not needs[1]:
+            grads = torch.ops.svpo.linear_step_logps_bwd(*args)
+        else:
+            grads = torch.ops.svpo.linear_step_logps_bwd_(ctx.main.grad, *args)
+            needs[1] = False
+            if hasattr(ctx.main.weight, "grad_added_to_main_grad"):
+                ctx.main.weight.grad_added_to_main_grad = True
         given = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return *given, None, None, *(None for _ in plan)
+        return *given, None, None, None, *(None for _ in plan)
 
 
 # -- public function --------------------------------------------------------------------------------------------------
@@ -173,7 +197,9 @@ def linear_step_logps(
 
     Args:
         hidden: (B, L, D) or (T, D), fp32, bf16, fp16 (fp64 on the reference); last dimension contiguous.
-        weight: (V, D), hidden's dtype (under autocast both are cast, as `F.linear` does).
+        weight: (V, D), hidden's dtype (under autocast both are cast, as `F.linear` does). Where it has an fp32
+            `main_grad`, as Megatron gives its parameters, the backward adds the gradient there instead of returning
+            it: weight.grad stays as it was, and `grad_added_to_main_grad` is set where the attribute exists.
         labels, step_ids, shift, num_steps, reduction, temperature, softcap, vocab_size, backend: as in `step_logps`.
             The tensor form reads two numbers (N and S) from the device to leave unscored rows out; a `StepPlan` reads
             none. Old versions of torch.compile (2.6; not 2.11) take the tensor form only with
@@ -197,6 +223,9 @@ def linear_step_logps(
 
     Raises:
         TypeError, ValueError, IndexError as `step_logps`.
+
+    A reference policy under the same head is a call of its own under `torch.no_grad()`: one product and nothing kept.
+    Its rows stacked under the policy's would take part in every product of the backward.
 
     Source: the products follow dL/dz = G (onehot - softmax(z)), as in Cut Your Losses (arXiv 2411.09009), with the
     upstream factored out of the unit gradient so that it can be applied after the product.
@@ -226,7 +255,8 @@ def linear_step_logps(
     more = (float(logits_budget_mb), mode, bool(return_entropy), float(lora_scaling), group, sizes)
     options = Options(*base, *more)
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
-    result = _LinearStepLogps.apply(batched, weight, bias, lora_a, lora_b, options, backend, *plan)
+    main = MainGrad.of(op, given)
+    result = _LinearStepLogps.apply(batched, weight, bias, lora_a, lora_b, main, options, backend, *plan)
     out, entropies = result if return_entropy else (result, None)
     if isinstance(labels, Tensor):
         out = _spread(out, labels, step_ids, shift) if reduction == "none" else out
