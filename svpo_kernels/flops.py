@@ -17,6 +17,7 @@ import torch
 
 from ._checks import fail, require_choice
 from .cuts import Sizes, cut
+from .linear_step_logps.cost import call_cost
 from .packing import Request, StepBatch
 from .trees import StepTree
 
@@ -79,7 +80,8 @@ def _model_cost(kind: type, as_json: str) -> ModelCost:
         if weight.dim() >= 2 and id(weight) not in embeddings:
             routed = experts and (".experts." in name) and "shared" not in name
             token += 2 * weight.numel() * (config.num_experts_per_tok / experts if routed else 1.0)
-    return ModelCost(round(token), 2 * config.hidden_size * config.vocab_size, _attention(config))
+    row = call_cost(1, config.hidden_size, config.vocab_size, "forward").flops
+    return ModelCost(round(token), row, _attention(config))
 
 
 def _attention(config: Any) -> tuple[tuple[int | None, int], ...]:
