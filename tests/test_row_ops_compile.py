@@ -50,6 +50,27 @@ def test_twenty_sizes_make_at_most_four_graphs(op: str, form: str, dynamic: bool
     assert counter.frame_count <= 4
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_entropies_and_factors_make_at_most_four_graphs(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(inputs, plan):
+        hidden, weight, a, b = inputs
+        out, entropy = sk.linear_step_logps(hidden, weight, plan, lora_a=a, lora_b=b, return_entropy=True)
+        return out.square().sum() + (entropy * 0.3).exp().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=dynamic)
+    for i in range(20):
+        inputs, (plan,), _ = arguments("linear_step_logps", 4 + 3 * i, "plan", S=3 + i % 7)
+        inputs += [torch.randn(2, D).requires_grad_(), torch.randn(V, 2).requires_grad_()]
+        ours, eager = compiled(inputs, plan), call(inputs, plan)
+        torch.testing.assert_close(ours, eager)
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(eager, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 4
+
+
 @pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor_with_ignored_rows_equals_eager(op: str, dynamic: bool) -> None:
@@ -124,3 +145,22 @@ def test_autocast(backend: str, device: str) -> None:
     for a, b in zip(*grads, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_autocast_of_entropies_and_factors(backend: str, device: str) -> None:
+    labels = torch.randint(0, V, (9,)).to(device)
+    leaves = [torch.randn(*shape, device=device, requires_grad=True) for shape in ((9, D), (V, D), (2, D), (V, 2))]
+    hidden, weight, a, b = leaves
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, entropy = sk.linear_step_logps(
+            hidden, weight, labels, shift=0, lora_a=a, lora_b=b, return_entropy=True, backend=backend
+        )
+        z = torch.nn.functional.linear(hidden, weight) + torch.nn.functional.linear(hidden @ a.t(), b)
+    logp = torch.log_softmax(z.float(), -1)
+    expected = logp.gather(1, labels[:, None]).sum(), -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(out, expected[0][None], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(entropy, expected[1], rtol=2e-2, atol=2e-2)
+    ours = torch.autograd.grad(out.sum() + entropy.sum(), leaves)
+    for x, y in zip(ours, torch.autograd.grad(expected[0] + expected[1].sum(), leaves), strict=True):
+        assert x.dtype == torch.float32 and (x - y).norm() <= 5e-2 * y.norm()
