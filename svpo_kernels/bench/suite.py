@@ -111,9 +111,8 @@ def run(names: list[str], scale: str, *, quick: bool, console: Console) -> tuple
 def show(console: Console, result: Result) -> None:
     heads, *lines = results.table(result)
     table = Table(*heads, title=result.case, title_justify="left", caption=result.note, caption_justify="left")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns[1:]:  # in a narrow terminal the names are folded, never the figures
+        column.justify, column.no_wrap = "right", True
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == result.ours else None)
     console.print(table)
