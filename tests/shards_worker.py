@@ -1,4 +1,7 @@
-"""One process of several that share a vocabulary: every case against the whole head. shards_worker.py OUT"""
+"""One process of several that share a vocabulary: every case against the whole head. shards_worker.py OUT [triton]
+
+triton: a few cases in Triton's interpreter, whose kernels then meet plans with labels that live elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import svpo_kernels as sk
+from svpo_kernels import dispatch
 from svpo_kernels.trainer.run import leave_group
 
 T, D, V, R, S = 160, 12, 37, 3, 60
@@ -112,22 +116,27 @@ def disagreement():
         raise AssertionError("different hidden states went through")
 
 
-def main(out):
+def main(out, *backends):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    world = SIZES[dist.get_world_size()]
     cases = [
         (sizes, mode, options, backend, torch.float32)
-        for sizes, mode, options in itertools.product(SIZES[dist.get_world_size()], MODES, OPTIONS)
+        for sizes, mode, options in itertools.product(world, MODES, OPTIONS)
         for backend in ("cpu", "reference")
-    ] + [(SIZES[dist.get_world_size()][0], mode, OPTIONS[0], "cpu", torch.bfloat16) for mode in MODES]
+    ] + [(world[0], mode, OPTIONS[0], "cpu", torch.bfloat16) for mode in MODES]
+    if "triton" in backends:
+        dispatch.ORDER["cpu"] = ("triton", "reference")
+        cases = [(world[0], mode, OPTIONS[1], "triton", torch.float32) for mode in ("frozen", "store", "entropy")]
     for case in cases:
         compare(*case)
-    dtensors()
-    disagreement()
+    if not backends:
+        dtensors()
+        disagreement()
     if dist.get_rank() == 0:
         torch.save(len(cases), out)
     leave_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -18,5 +18,13 @@ def test_shards_equal_the_whole(processes, tmp_path):
     assert torch.load(tmp_path / "out.pt", weights_only=True) >= 120
 
 
+@pytest.mark.slow
+def test_triton_kernels_of_a_shard(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: its backend is not tested here")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launch(2, "shards_worker.py", tmp_path / "out.pt", "triton")
+    assert torch.load(tmp_path / "out.pt", weights_only=True) == 3
+
+
 def test_without_a_group_all_columns_are_ones_own():
     assert share(Options(9, 1.0, 0.0, "sum", 512.0, "store")) == (0, 9, 9)

@@ -210,14 +210,11 @@ def branch_hidden_kernel(
     mask = offsets < tl.minimum(D - d, BLOCK).to(tl.int32) // LIMIT_ALIGN * LIMIT_ALIGN
     total = tl.load(uw + i * stride_uw // ALIGN * ALIGN + d + offsets, mask=mask, other=0.0).to(tl.float32)
     total = total * tl.load(G + r)
-    start = tl.load(row_start + r)
-    end = tl.load(row_start + r + 1)
-    if end - start > 1:
-        for n in range(start, end):
-            term = tl.load(terms + n)
-            if term != 0.0:
-                head = weight + tl.load(labels + n) * stride_w // ALIGN * ALIGN
-                total = tl.fma(tl.load(head + d + offsets, mask=mask, other=0.0).to(tl.float32), term, total)
+    for n in range(tl.load(row_start + r), tl.load(row_start + r + 1)):
+        term = tl.load(terms + n)
+        if term != 0.0:
+            head = weight + tl.load(labels + n) * stride_w // ALIGN * ALIGN
+            total = tl.fma(tl.load(head + d + offsets, mask=mask, other=0.0).to(tl.float32), term, total)
     to = out_rows + i * stride_out // ALIGN * ALIGN
     tl.store(to + d + offsets, total.to(out_rows.dtype.element_ty), mask=mask)
 
