@@ -48,7 +48,7 @@ SVPO_CPU_OP(step_logps_fwd, const void* logits, int dtype, int64_t B, int64_t L,
             double temperature, double softcap, int reduction, float* out, float* logp, float* row_max,
             float* row_logsum, int threads);
 
-// The same on CUDA; a step id at or above S makes every step NaN. scratch: 8 bytes for each of (V / 4096 + 2) * R panels.
+// The same on CUDA; a step id at or above S makes every step NaN. scratch: 12 bytes for each of (V / 4096 + 2) * R panels.
 SVPO_CUDA_OP(step_logps_fwd, const void* logits, int dtype, int64_t B, int64_t L, int64_t stride_b, int64_t stride_l,
              const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first,
              const int64_t* step_ids, const int64_t* step_order, const int64_t* step_start, int64_t R, int64_t N,
@@ -230,11 +230,21 @@ SVPO_CUDA_OP(row_grads, const float* grad_out, const int64_t* rows, const int64_
              const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S, int reduction,
              float* g, float* G);
 
-// As above. scratch: 8 bytes for each of (vocab_size / 4096 + 2) * (last_row - first_row) panels, 4 for each of R and N.
+// As above; entropy (R,) unless null. scratch: 12 bytes for each of (vocab_size / 4096 + 2) * (last_row - first_row)
+// panels, 4 for each of R and N.
 SVPO_CUDA_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
              const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
              int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap, float* logp,
-             float* row_max, float* row_logsum, int unit, int unit_only, void* scratch, int64_t scratch_bytes);
+             float* row_max, float* row_logsum, float* entropy, int unit, int unit_only, void* scratch,
+             int64_t scratch_bytes);
+
+// out, which may be z: the whole gradient of rows [first_row, last_row) of z, for upstreams g (N,) and G (R,) of the
+// log-probs and E (R,) of the entropies. scratch: 4 bytes for each of 3 R and N.
+SVPO_CUDA_OP(linear_rows_grad, const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out,
+             int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+             const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
+             double softcap, const float* logp, const float* row_max, const float* row_logsum, const float* entropy,
+             const float* g, const float* G, const float* E, void* scratch, int64_t scratch_bytes);
 
 SVPO_CUDA_OP(branch_hidden, const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw,
              int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* row_start, const int64_t* labels,

@@ -102,11 +102,21 @@ def test_offsets_are_wide() -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("V", [50, 9000])
+def test_a_constant_does_not_show(V: int) -> None:
+    """Rows far below and far above 0, where exp would underflow or overflow without their maximum."""
+    logits = torch.randint(-8, 8, (1, 3, V)).float()
+    plan = sk.StepPlan.from_predictions([0, 1, 2], [0, V // 2, V - 1], [0, 1, 2], 3)
+    expected = sk.step_logps(logits, plan, backend="cuda")
+    for constant in (-1000.0, 1000.0):
+        torch.testing.assert_close(sk.step_logps(logits + constant, plan, backend="cuda"), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_indices_give_nan(dtype: torch.dtype) -> None:
     """What a device cannot raise: a label, row or step out of range makes its own results NaN, and reads nothing."""
     logits = torch.randn(1, 6, 50, dtype=dtype)
-    rows, each = torch.tensor([0, 1, 2, 60]), torch.arange(5)
+    rows, each = torch.tensor([0, 1, 2, 6]), torch.arange(5)
     labels, steps = torch.tensor([3, 50, -7, 2]), torch.arange(4)
     bounds = torch.tensor([0, 0, 0, 0])
     plan = [rows, each, labels, each[:4], steps, each[:4], each, bounds]
@@ -116,7 +126,7 @@ def test_bad_indices_give_nan(dtype: torch.dtype) -> None:
     grad = _step_logps().step_logps_bwd(torch.ones(4), logits, logp, row_max, row_logsum, plan, 50, 1.0, 0.0, "sum")
     assert grad.isnan().any(-1).tolist() == [[False, True, True, False, False, False]]
     assert (grad[0, 3:] == 0).all()
-    labels, steps = torch.tensor([3, 4, 5]), torch.tensor([0, 1, 9])
+    labels, steps = torch.tensor([3, 4, 5]), torch.tensor([0, 1, 2])
     late = [rows[:3], each[:4], labels, each[:3], steps, each[:3], each[:3], bounds]
     out, logp, row_max, row_logsum = _step_logps().step_logps_fwd(logits, late, 50, 1.0, 0.0, "sum")
     assert out.isnan().all() and not logp.isnan().any()

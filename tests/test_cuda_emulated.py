@@ -18,8 +18,7 @@ from processes import TESTS, environment
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process that runs the CUDA kernels on its CPU."""
     folder = tmp_path_factory.mktemp("emulated")
-    faults = cuda_emulator.build(folder, cuda_emulator.EMULATION, (cuda_emulator.CUDA / "status.cu",))
-    library = cuda_emulator.build(folder)
+    faults, library = cuda_emulator.build_faults(folder), cuda_emulator.build(folder)
     return environment(**cuda_emulator.environment(library), SVPO_EMULATION_FAULTS=str(faults))
 
 

@@ -78,6 +78,7 @@ finish_kernel(Logits<T> logits, Plan plan, int64_t count, int64_t tail, int64_t 
   if (row < 0 || row >= logits.count) {
     const float missing = row < 0 ? 0.0f : NAN;
     stats.row_max[r] = stats.row_logsum[r] = missing;
+    if (stats.entropy) stats.entropy[r] = missing;
     for (int64_t n = own.start; n < own.end; ++n) stats.logp[n] = missing;
     return;
   }
@@ -93,10 +94,13 @@ finish_kernel(Logits<T> logits, Plan plan, int64_t count, int64_t tail, int64_t 
   top = fmaxf(top, static_cast<float>(best));
   const double m = top == -INFINITY ? 0.0 : top;
   // The likeliest label comes last, so that its log-prob sees the sum of all others as it is.
-  double others = 0.0;
+  double others = 0.0, weighted = 0.0;  // sums of exp(z - m), and of exp(z - m) (z - m)
   for (int64_t k = 0; k < panels; ++k) {
     const Partial part = partials[k * count + i];
-    if (part.s != 0.0f) others += part.s * exp(part.m - m);
+    if (part.s == 0.0f) continue;
+    const double shift = part.m - m, factor = exp(shift);
+    others += part.s * factor;
+    weighted += (part.t + shift * part.s) * factor;
   }
   for (int64_t n = own.start; n < own.end; ++n)
     if (n != likely && distinct(plan, n, vocab_size)) others += exp(logits.z(plan, row, n) - m);
@@ -112,6 +116,14 @@ finish_kernel(Logits<T> logits, Plan plan, int64_t count, int64_t tail, int64_t 
     }
     stats.logp[n] = logp;
   }
+  if (!stats.entropy) return;
+  for (int64_t n = own.start; n < own.end; ++n) {
+    if (!distinct(plan, n, vocab_size)) continue;
+    const double z = logits.z(plan, row, n) - m, e = exp(z);
+    if (e > 0.0) weighted += e * z;
+  }
+  const double entropy = log(s) - weighted / s;
+  stats.entropy[r] = static_cast<float>(entropy < 0.0 ? 0.0 : entropy);
 }
 
 // Grid (steps / 4,): a warp sums a step. A scored token whose step is out of range sorts behind all steps and counts
@@ -167,13 +179,13 @@ row_grads_kernel(Plan plan, Upstream upstream, float* g, float* G) {
   G[r] = static_cast<float>(total);
 }
 
-// Grid (blocks_for(count),). A column's gradient is factors[r] exp(z - m) slope, a label's own targets[n]: J times
+// Grid (blocks_for(count),). A label's own gradient is J times
 //   at l* g (1 - p) - (the other labels' g) p, else g - G p: nothing cancels where a label is likely
 // `unit`: g is 1 for l* and 0 for the others.
 template <class T>
 SVPO_KERNEL(kRowThreads, 1)
 row_targets_kernel(Logits<T> logits, Plan plan, int64_t count, Stats stats, bool unit, Upstream upstream,
-                   float* factors, float* targets, int64_t* owner) {
+                   RowFactors to, int64_t* owner) {
   const int64_t i = thread_row(), r = logits.first_row + i, vocab_size = logits.options.vocab_size;
   if (i >= count) return;
   const int64_t row = logits.row(plan, r);
@@ -187,7 +199,7 @@ row_targets_kernel(Logits<T> logits, Plan plan, int64_t count, Stats stats, bool
     total += known(plan, n, vocab_size) ? g : NAN;
     if (plan.first[n] != likely) others += g;
   }
-  factors[r] = static_cast<float>(-total * exp(-static_cast<double>(stats.row_logsum[r])) / logits.options.temperature);
+  to.factors[r] = static_cast<float>(-total * exp(-static_cast<double>(stats.row_logsum[r])) / logits.options.temperature);
   for (int64_t n = own.start; n < own.end; ++n) {
     if (!known(plan, n, vocab_size)) continue;
     const int64_t mine = plan.first[n];
@@ -195,15 +207,42 @@ row_targets_kernel(Logits<T> logits, Plan plan, int64_t count, Stats stats, bool
     const double logp = stats.logp[mine], p = exp(logp);
     const double value = mine == likely ? g * svpo_one_minus_p(logp) - others * p : g - total * p;
     const double slope = svpo_logit_slope(logits.label(plan, row, mine), logits.options.temperature, logits.options.softcap);
-    targets[n] = static_cast<float>(slope * value);
+    to.targets[n] = static_cast<float>(slope * value);
   }
+}
+
+// Grid (blocks_for(count),). A column's gradient is -p J (G + E (log p + entropy)), a label's
+//   J (g (1 - p) - (G - g) p - E p (log p + entropy)): nothing cancels where it is likely
+SVPO_KERNEL(kRowThreads, 1)
+entropy_targets_kernel(Plan plan, int64_t first_row, int64_t count, Options options, Stats stats, RowUpstream upstream,
+                       RowFactors to) {
+  const int64_t i = thread_row(), r = first_row + i;
+  if (i >= count || plan.rows[r] < 0) return;
+  const RowLabels own = labels_of(plan, r);
+  const double G = upstream.G[r], E = upstream.E[r], logsum = stats.row_logsum[r], entropy = stats.entropy[r];
+  double factor = -exp(-logsum) / options.temperature;
+  for (int64_t n = own.start; n < own.end; ++n) {
+    if (!known(plan, n, options.vocab_size)) {
+      factor = NAN;
+      continue;
+    }
+    const double g = upstream.g[plan.first[n]], logp = stats.logp[n], p = exp(logp);
+    double value = g * svpo_one_minus_p(logp) - (G - g) * p;
+    if (p > 0.0) value -= E * p * (logp + entropy);
+    const double slope = svpo_logit_slope(options.label_z0[plan.first[n]], options.temperature, options.softcap);
+    to.targets[n] = static_cast<float>(slope * value);
+  }
+  to.factors[r] = static_cast<float>(factor);
+  to.constants[r] = static_cast<float>(G + E * (entropy - logsum));
+  to.slopes[r] = static_cast<float>(E);
 }
 
 }  // namespace
 
 int rows::statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
                      const Options& options, const Stats& stats, Partial* partials, Queue queue) {
-  const int status = panel_statistics(source, plan, first_row, count, chunk, options, partials, queue);
+  const int status = panel_statistics(source, plan, first_row, count, chunk, options, stats.entropy != nullptr,
+                                      partials, queue);
   if (status != SVPO_OK) return status;
   const int64_t per_row = panels(source.dtype, options.vocab_size, options.softcap), tail = chunk ? 0 : plan.N;
   return for_dtype(source.dtype, [&](auto type) {
@@ -226,12 +265,18 @@ int rows::row_grads(const Plan& plan, const Upstream& upstream, float* g, float*
 }
 
 int rows::row_targets(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
-                      const Options& options, const Stats& stats, const Upstream* upstream, float* factors,
-                      float* targets, int64_t* owner, Queue queue) {
+                      const Options& options, const Stats& stats, const Upstream* upstream, const RowFactors& to,
+                      int64_t* owner, Queue queue) {
   return for_dtype(source.dtype, [&](auto type) {
     using T = decltype(type);
     return launch("row_targets", row_targets_kernel<T>, Grid{blocks_for(count), 1}, kRowThreads, queue,
                   logits_of<T>(source, first_row, chunk, options), plan, count, stats, upstream == nullptr,
-                  upstream ? *upstream : Upstream{}, factors, targets, owner);
+                  upstream ? *upstream : Upstream{}, to, owner);
   });
+}
+
+int rows::entropy_targets(const Plan& plan, int64_t first_row, int64_t count, const Options& options,
+                          const Stats& stats, const RowUpstream& upstream, const RowFactors& to, Queue queue) {
+  return launch("entropy_targets", entropy_targets_kernel, Grid{blocks_for(count), 1}, kRowThreads, queue, plan,
+                first_row, count, options, stats, upstream, to);
 }

@@ -36,6 +36,9 @@ SVPO_DEVICE float exp_(float x) { return exp2_approx(x * 1.4426950408889634f); }
 // A finite stand-in for a maximum where all z are -inf, so that their sum is 0 and not NaN.
 SVPO_DEVICE float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
 
+// An exponent to multiply its power with: where that is 0 anyway, -256 stands in for what may be -inf.
+SVPO_DEVICE float finite_exponent(float d) { return fmaxf(d, -256.0f); }
+
 // tanh(u) and 1 - tanh(u)^2, both to a few ulp, near 0 and where tanh is 1 in fp32.
 SVPO_DEVICE float tanh_slope(float u, float* slope) {
   const float w = u * u;
@@ -123,31 +126,41 @@ SVPO_DEVICE void load_panel(const Run<const T>& run, int64_t mine, int skip, T f
     packs[k] = kWhole ? load_pack(from + k * kThreads * kPack<T>) : load_edge(run, mine + k * kThreads, fill, skip);
 }
 
-// Maximum and sum of a panel from every thread's own. Two sets of slots in turn: one barrier a panel.
-template <int kThreads, class Slots>
+// A panel's sums against another maximum.
+template <bool kEntropy>
+SVPO_DEVICE Partial rescaled(Partial part, float m) {
+  if (part.s == 0.0f) return {m, 0.0f, 0.0f};
+  const float shift = part.m - finite_max(m), factor = exp_(shift);
+  return {m, part.s * factor, kEntropy ? fmaf(shift, part.s, part.t) * factor : 0.0f};
+}
+
+// The sums of a panel from every thread's own. Two sets of slots in turn: one barrier a panel.
+template <int kThreads, bool kEntropy, class Slots>
 SVPO_DEVICE void store_panel(Partial own, Slots& slots, int turn, Partial* to) {
-  const float m = warp_max(own.m);
-  const float s = warp_sum(own.s == 0.0f ? 0.0f : own.s * exp_(own.m - finite_max(m)));
+  Partial sum = rescaled<kEntropy>(own, warp_max(own.m));
+  sum.s = warp_sum(sum.s);
+  if (kEntropy) sum.t = warp_sum(sum.t);
   if (kThreads == kWarp) {
-    if (thread_x() == 0) *to = {m, s};
+    if (thread_x() == 0) *to = sum;
     return;
   }
   constexpr int kWarps = kThreads / kWarp;
-  if (thread_x() % kWarp == 0) slots[turn * kWarps + thread_x() / kWarp] = Partial{m, s};
+  if (thread_x() % kWarp == 0) slots[turn * kWarps + thread_x() / kWarp] = sum;
   sync_threads();
   if (thread_x() != 0) return;
-  Partial sum = {-INFINITY, 0.0f};
-  for (int warp = 0; warp < kWarps; ++warp) sum.m = fmaxf(sum.m, static_cast<Partial>(slots[turn * kWarps + warp]).m);
+  float m = -INFINITY;
+  for (int warp = 0; warp < kWarps; ++warp) m = fmaxf(m, static_cast<Partial>(slots[turn * kWarps + warp]).m);
+  sum = {m, 0.0f, 0.0f};
   for (int warp = 0; warp < kWarps; ++warp) {
-    const Partial part = slots[turn * kWarps + warp];
-    sum.s += part.s == 0.0f ? 0.0f : part.s * exp_(part.m - finite_max(sum.m));
+    const Partial part = rescaled<kEntropy>(slots[turn * kWarps + warp], m);
+    sum.s += part.s, sum.t += part.t;
   }
   *to = sum;
 }
 
 // Grid (rows, blocks a row): partials (panels, rows) of the columns that are no label, each column read once.
-template <class T, Mode mode, int kThreads>
-SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 4)
+template <class T, Mode mode, int kThreads, bool kEntropy>
+SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : kEntropy ? 3 : 4)
 statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t count, bool chunk, int64_t vocab_size,
                   int64_t panels, Transform t, Partial* partials) {
   constexpr int kLoads = kColumns<mode> / kPack<T>;
@@ -177,34 +190,43 @@ statistics_kernel(Rows<const T> source, Plan plan, int64_t first_row, int64_t co
       for (int c = 0; c < kColumns<mode>; ++c)
         if (c == label) z[c] = -INFINITY;
     }
-    Partial own = {z[0], 0.0f};
+    Partial own = {z[0], 0.0f, 0.0f};
 #pragma unroll
     for (int c = 1; c < kColumns<mode>; ++c) own.m = fmaxf(own.m, z[c]);
     const float m = finite_max(own.m);
-    float sums[4] = {};
+    float sums[4] = {}, weighted[2] = {};
 #pragma unroll
-    for (int c = 0; c < kColumns<mode>; ++c) sums[c % 4] += exp_(z[c] - m);
-    own.s = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    store_panel<kThreads>(own, slots, turn, partials + (panel * count + i));
+    for (int c = 0; c < kColumns<mode>; ++c) {
+      const float d = z[c] - m, power = exp_(d);
+      sums[c % 4] += power;
+      if (kEntropy) weighted[c % 2] = fmaf(power, finite_exponent(d), weighted[c % 2]);
+    }
+    own.s = (sums[0] + sums[1]) + (sums[2] + sums[3]), own.t = weighted[0] + weighted[1];
+    store_panel<kThreads, kEntropy>(own, slots, turn, partials + (panel * count + i));
   }
 }
 
-// factor exp(z - m) slope of the columns of a pack.
-template <class T, Mode mode>
-SVPO_DEVICE void gradient_of(Pack<T>& pack, float m, float factor, const Transform& t) {
+// What makes a row's gradient: factor exp(z - m) slope (constant + linear (z - m)).
+struct Factors { float m, factor, constant, linear; };
+
+// The gradient of the columns of a pack.
+template <class T, Mode mode, bool kEntropy>
+SVPO_DEVICE void gradient_of(Pack<T>& pack, const Factors& by, const Transform& t) {
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
     float slope;
-    const float z = transformed<mode>(to_float(pack.at[j]), t, &slope), y = factor * exp_(z - m);
+    const float d = transformed<mode>(to_float(pack.at[j]), t, &slope) - by.m;
+    float y = by.factor * exp_(d);
+    if (kEntropy) y *= fmaf(by.linear, finite_exponent(d), by.constant);
     pack.at[j] = from_float<T>(mode == kCapped ? y * slope : y);
   }
 }
 
 // Columns of a panel that this thread holds; 0 where `in` has none. At an edge one pack after the other: with all of
 // them in registers at once sm_120 spilled.
-template <class T, Mode mode, int kThreads>
-SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool whole, int64_t mine, float m,
-                                float factor, const Transform& t) {
+template <class T, Mode mode, int kThreads, bool kEntropy>
+SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool whole, int64_t mine, const Factors& by,
+                                const Transform& t) {
   constexpr int kLoads = kColumns<mode> / kPack<T>;
   if (whole) {
     Pack<T> packs[kLoads];
@@ -212,7 +234,7 @@ SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool 
     T* const to = out.data + out.begin(mine);
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      gradient_of<T, mode>(packs[k], m, factor, t);
+      gradient_of<T, mode, kEntropy>(packs[k], by, t);
       store_pack(to + k * kThreads * kPack<T>, packs[k]);
     }
     return;
@@ -220,7 +242,7 @@ SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool 
 #pragma unroll 1
   for (int64_t k = mine; k < mine + kLoads * kThreads && out.begin(k) < out.size; k += kThreads) {
     Pack<T> pack = load_edge(in, k, from_float<T>(0.0f), out.skip);
-    gradient_of<T, mode>(pack, m, factor, t);
+    gradient_of<T, mode, kEntropy>(pack, by, t);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j)
       if (!in.has(out.begin(k) + j)) pack.at[j] = from_float<T>(0.0f);
@@ -229,57 +251,53 @@ SVPO_DEVICE void gradient_panel(const Run<const T>& in, const Run<T>& out, bool 
 }
 
 // Grid (rows of the target, blocks a row): one read and one write of a scored row, zeros elsewhere.
-template <class T, Mode mode, int kThreads>
+template <class T, Mode mode, int kThreads, bool kEntropy>
 SVPO_KERNEL(kThreads, kThreads == kNarrow ? 16 : 3)
 gradient_kernel(Rows<const T> source, Rows<T> target, Plan plan, int64_t first_row, const int64_t* owner,
-                const float* row_max, const float* factors, const float* targets, int64_t V, int64_t vocab_size,
-                int64_t panels, Transform t) {
+                const float* row_max, RowFactors rows, int64_t V, int64_t vocab_size, int64_t panels, Transform t) {
   constexpr int kLoads = kColumns<mode> / kPack<T>;
   const int64_t i = block_x(), r = owner ? owner[i] : plan.rows[first_row + i] < 0 ? -1 : first_row + i;
   const Run<T> out(target.at(i), V);
   const Run<const T> in(source.at(i), r < 0 ? 0 : vocab_size);
-  const float m = r < 0 ? 0.0f : finite_max(row_max[r]), factor = r < 0 ? 0.0f : factors[r];
+  Factors by = {};
+  if (r >= 0) by.m = finite_max(row_max[r]), by.factor = rows.factors[r];
+  if (kEntropy && r >= 0) by.constant = rows.constants[r], by.linear = rows.slopes[r];
   const int64_t start = r < 0 ? 0 : plan.row_start[r], end = r < 0 ? 0 : plan.row_start[r + 1];
   for (int64_t panel = block_y(); panel < panels; panel += grid_y()) {
     const int64_t first = panel * (kLoads * kThreads), mine = first + thread_x();
     const bool whole = in.skip == out.skip && in.whole(first) && in.whole(first + kLoads * kThreads - 1);
-    gradient_panel<T, mode, kThreads>(in, out, whole, mine, m, factor, t);
+    gradient_panel<T, mode, kThreads, kEntropy>(in, out, whole, mine, by, t);
     // The thread that wrote a label's column writes it again.
     for (int64_t n = start; n < end; ++n) {
       const int64_t label = plan.labels[n];
       int which;
       if (in.has(label) && holds<T, kThreads, kLoads>(out, first, label, &which))
-        out.data[label] = from_float<T>(targets[n]);
+        out.data[label] = from_float<T>(rows.targets[n]);
     }
   }
 }
 
-template <class T, Mode mode>
+template <class T, Mode mode, bool kEntropy>
 int launch_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
                       int64_t vocab_size, const Transform& t, Partial* partials, Queue queue) {
+  const bool small = narrow(vocab_size, kPack<T>, kColumns<mode>);
   const int64_t panels = panel_count<T, mode>(vocab_size);
-  const Grid grid = {count, blocks_per_row(count, panels, queue.device)};
-  const Rows<const T> from = rows_of<const T>(source);
-  if (narrow(vocab_size, kPack<T>, kColumns<mode>))
-    return launch("statistics", statistics_kernel<T, mode, kNarrow>, grid, kNarrow, queue, from, plan, first_row, count,
-                  chunk, vocab_size, panels, t, partials);
-  return launch("statistics", statistics_kernel<T, mode, kWide>, grid, kWide, queue, from, plan, first_row, count,
-                chunk, vocab_size, panels, t, partials);
+  const auto kernel = small ? statistics_kernel<T, mode, kNarrow, kEntropy> : statistics_kernel<T, mode, kWide, kEntropy>;
+  return launch("statistics", kernel, Grid{count, blocks_per_row(count, panels, queue.device)},
+                small ? kNarrow : kWide, queue, rows_of<const T>(source), plan, first_row, count, chunk, vocab_size,
+                panels, t, partials);
 }
 
-template <class T, Mode mode>
+template <class T, Mode mode, bool kEntropy>
 int launch_gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row,
-                    const int64_t* owner, const float* row_max, const float* factors, const float* targets, int64_t V,
-                    int64_t vocab_size, const Transform& t, Queue queue) {
+                    const int64_t* owner, const float* row_max, const RowFactors& by, int64_t V, int64_t vocab_size,
+                    const Transform& t, Queue queue) {
+  const bool small = narrow(V, kPack<T>, kColumns<mode>);
   const int64_t panels = panel_count<T, mode>(V);
-  const Grid grid = {target.count, blocks_per_row(target.count, panels, queue.device)};
-  const Rows<const T> from = rows_of<const T>(source);
-  const Rows<T> to = rows_of<T>(target);
-  if (narrow(V, kPack<T>, kColumns<mode>))
-    return launch("gradient", gradient_kernel<T, mode, kNarrow>, grid, kNarrow, queue, from, to, plan, first_row, owner,
-                  row_max, factors, targets, V, vocab_size, panels, t);
-  return launch("gradient", gradient_kernel<T, mode, kWide>, grid, kWide, queue, from, to, plan, first_row, owner,
-                row_max, factors, targets, V, vocab_size, panels, t);
+  const auto kernel = small ? gradient_kernel<T, mode, kNarrow, kEntropy> : gradient_kernel<T, mode, kWide, kEntropy>;
+  return launch("gradient", kernel, Grid{target.count, blocks_per_row(target.count, panels, queue.device)},
+                small ? kNarrow : kWide, queue, rows_of<const T>(source), rows_of<T>(target), plan, first_row, owner,
+                row_max, by, V, vocab_size, panels, t);
 }
 
 }  // namespace
@@ -294,20 +312,24 @@ int64_t rows::panels(int dtype, int64_t V, double softcap) {
 }
 
 int rows::gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row,
-                   const int64_t* owner, const Options& options, const float* row_max, const float* factors,
-                   const float* targets, int64_t V, Queue queue) {
+                   const int64_t* owner, const Options& options, const float* row_max, const RowFactors& by, int64_t V,
+                   Queue queue) {
   const Transform t = make_transform(options.temperature, options.softcap);
   return for_dtype_and_mode(source.dtype, mode_of(options.temperature, options.softcap), [&](auto type, auto tag) {
-    return launch_gradient<decltype(type), decltype(tag)::mode>(source, target, plan, first_row, owner, row_max,
-                                                                factors, targets, V, options.vocab_size, t, queue);
+    using T = decltype(type);
+    constexpr Mode mode = decltype(tag)::mode;
+    const auto launch_it = by.slopes ? launch_gradient<T, mode, true> : launch_gradient<T, mode, false>;
+    return launch_it(source, target, plan, first_row, owner, row_max, by, V, options.vocab_size, t, queue);
   });
 }
 
 int rows::panel_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
-                           const Options& options, Partial* partials, Queue queue) {
+                           const Options& options, bool entropy, Partial* partials, Queue queue) {
   const Transform t = make_transform(options.temperature, options.softcap);
   return for_dtype_and_mode(source.dtype, mode_of(options.temperature, options.softcap), [&](auto type, auto tag) {
-    return launch_statistics<decltype(type), decltype(tag)::mode>(source, plan, first_row, count, chunk,
-                                                                  options.vocab_size, t, partials, queue);
+    using T = decltype(type);
+    constexpr Mode mode = decltype(tag)::mode;
+    const auto launch_it = entropy ? launch_statistics<T, mode, true> : launch_statistics<T, mode, false>;
+    return launch_it(source, plan, first_row, count, chunk, options.vocab_size, t, partials, queue);
   });
 }

@@ -30,11 +30,12 @@ struct Options {
   const float* label_z0;
 };
 
-// What the forward finds: logp (N,), row_max and row_logsum (R,).
-struct Stats { float *logp, *row_max, *row_logsum; };
+// What the forward finds: logp (N,), row_max and row_logsum (R,), and entropy (R,) if wanted, else null.
+struct Stats { float *logp, *row_max, *row_logsum, *entropy; };
 
-// Maximum m of z and sum s of exp(z - m) over a panel. Nothing seen: m = -inf, s = 0.
-struct Partial { float m, s; };
+// Maximum m of z and sum s of exp(z - m) over a panel; for entropies also the sum t of exp(z - m) (z - m). Nothing seen:
+// m = -inf, s = t = 0.
+struct Partial { float m, s, t; };
 
 // Upstream gradients of predictions: those of their steps (S,) or their own (N,).
 struct Upstream {
@@ -44,13 +45,20 @@ struct Upstream {
   int reduction;
 };
 
+// Upstream gradients of a chunk's rows: g (N,) and G (R,) as `row_grads` makes them, E (R,) of the rows' entropies.
+struct RowUpstream { const float *g, *G, *E; };
+
+// A column's gradient is factors[r] exp(z - m) slope (constants[r] + slopes[r] (z - m)), all (R,), a label's own
+// targets[n], (N,). constants and slopes null: 1 and 0.
+struct RowFactors { float *factors, *targets, *constants, *slopes; };
+
 // Panels of a row of V columns from any address: the partials that `statistics` needs a row.
 int64_t panels(int dtype, int64_t V, double softcap);
 
 // Partials (panels, count) of plan rows first_row ... + count, labels left out. chunk: `source` holds these rows alone,
-// else plan.rows names them.
+// else plan.rows names them. entropy: with t.
 int panel_statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
-                     const Options& options, Partial* partials, Queue queue);
+                     const Options& options, bool entropy, Partial* partials, Queue queue);
 
 // Log-probs and statistics of the same rows, through the partials. A label or row out of range gives NaN, padding 0.
 int statistics(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
@@ -63,16 +71,19 @@ int reduce_steps(const float* logp, const int64_t* step_ids, const int64_t* step
 // g (N,): upstreams with equal (row, label) merged into the first, 0 elsewhere; G (R,) their sums per row.
 int row_grads(const Plan& plan, const Upstream& upstream, float* g, float* G, Queue queue);
 
-// What `gradient` needs of plan rows first_row ... + count: factors (R,), targets (N,) and, unless null, owner (rows of
-// the source,). upstream null: the gradient is U = J (onehot(l*) - softmax(z)).
+// What `gradient` needs of plan rows first_row ... + count and, unless null, owner (rows of the source,). upstream null:
+// the gradient is U = J (onehot(l*) - softmax(z)).
 int row_targets(const Source& source, const Plan& plan, int64_t first_row, int64_t count, bool chunk,
-                const Options& options, const Stats& stats, const Upstream* upstream, float* factors, float* targets,
+                const Options& options, const Stats& stats, const Upstream* upstream, const RowFactors& to,
                 int64_t* owner, Queue queue);
+
+// The same for a chunk's log-probs and entropies together.
+int entropy_targets(const Plan& plan, int64_t first_row, int64_t count, const Options& options, const Stats& stats,
+                    const RowUpstream& upstream, const RowFactors& to, Queue queue);
 
 // Every row of `target` from the row of `source` of the same index, in place too; zeros where nothing is scored. owner:
 // the plan row of each, or -1; null: row i belongs to plan row first_row + i.
 int gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row, const int64_t* owner,
-             const Options& options, const float* row_max, const float* factors, const float* targets, int64_t V,
-             Queue queue);
+             const Options& options, const float* row_max, const RowFactors& by, int64_t V, Queue queue);
 
 }  // namespace rows

@@ -16,7 +16,7 @@ extern "C" int svpo_cuda_step_logps_fwd(
   const Options options = {vocab_size, temperature, softcap, nullptr};
   if (scratch_bytes < panels(dtype, vocab_size, softcap) * R * static_cast<int64_t>(sizeof(Partial)))
     return svpo_cuda_fail("step_logps_fwd", "scratch is too small");
-  const int status = statistics(source, plan, 0, R, false, options, {logp, row_max, row_logsum},
+  const int status = statistics(source, plan, 0, R, false, options, {logp, row_max, row_logsum, nullptr},
                                 static_cast<Partial*>(scratch), queue);
   if (status != SVPO_OK) return status;
   return reduce_steps(logp, step_ids, step_order, step_start, N, S, reduction, out, queue);
@@ -34,16 +34,15 @@ extern "C" int svpo_cuda_step_logps_bwd(
   const Source source = {const_cast<void*>(logits), dtype, B * L, L, stride_b, stride_l};
   const Source target = {grad_logits, dtype, B * L, L, grad_stride_b, grad_stride_l};
   const Options options = {vocab_size, temperature, softcap, nullptr};
-  const Stats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum)};
+  const Stats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
+                       nullptr};
   const Upstream upstream = {grad_out, step_ids, step_start, S, reduction};
   if (scratch_bytes < B * L * 8 + (R + N) * 4) return svpo_cuda_fail("step_logps_bwd", "scratch is too small");
   int64_t* const owner = static_cast<int64_t*>(scratch);
   float* const factors = reinterpret_cast<float*>(owner + B * L);
-  float* const targets = factors + R;
+  const RowFactors by = {factors, factors + R, nullptr, nullptr};
   int status = fill_bytes(owner, 0xff, B * L * 8, queue);  // -1: nobody's row
-  if (status == SVPO_OK)
-    status = row_targets(source, plan, 0, R, false, options, stats, &upstream, factors, targets, owner, queue);
-  if (status == SVPO_OK)
-    status = gradient(source, target, plan, 0, owner, options, row_max, factors, targets, V, queue);
+  if (status == SVPO_OK) status = row_targets(source, plan, 0, R, false, options, stats, &upstream, by, owner, queue);
+  if (status == SVPO_OK) status = gradient(source, target, plan, 0, owner, options, row_max, by, V, queue);
   return status;
 }

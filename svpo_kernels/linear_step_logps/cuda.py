@@ -51,7 +51,7 @@ def _linear_rows(
     _native.cuda().linear_rows(
         z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + count, *_rows(plan),
         label_z0.data_ptr(), V, temperature, softcap, logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
-        int(unit), int(unit_only), room.data_ptr(), room.numel(), *_native.device_and_stream(z))
+        0, int(unit), int(unit_only), room.data_ptr(), room.numel(), *_native.device_and_stream(z))
 
 
 def rows_grad(*_: object) -> None:

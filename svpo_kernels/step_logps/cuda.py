@@ -19,8 +19,8 @@ def scratch(like: Tensor, size: int) -> Tensor:
 
 
 def panel_bytes(rows: int, V: int) -> int:
-    """Scratch of the statistics of `rows` rows: a maximum and a sum for each panel, which has 4096 columns at least."""
-    return 8 * rows * (V // 4096 + 2)
+    """Scratch of the statistics of `rows` rows: three numbers for each panel, which has 4096 columns at least."""
+    return 12 * rows * (V // 4096 + 2)
 
 
 def step_logps_fwd(

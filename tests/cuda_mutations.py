@@ -1,0 +1,192 @@
+"""Faults put into the CUDA kernels on purpose, one line each: whether the emulated tests notice every one of them.
+
+    python tests/cuda_mutations.py [WORD ...]          all, or those whose file or text has one of the words
+
+Each mutant is a copy of csrc/ with one replacement, built as host code and run on few cases until the first failure;
+the unchanged sources must pass the same cases first. A new kernel adds its mutants to MUTANTS.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_emulator
+from processes import TESTS, environment
+
+# What runs against a mutant: test files, and the tests chosen in them. Two schedules: a block for every panel of a row,
+# and one block for all of them.
+STEP_LOGPS = (
+    ["cuda_checks.py", "test_step_logps.py"],
+    "(shuffled2 or descending) and ((any_alignment and not 8191) or bad_indices or constant or wide or (order and "
+    "odd_large) or padded_plan or (values and (many_steps or padded or softcap or branching or confident or infinity)))",
+)
+LINEAR = (
+    ["test_linear_step_logps.py"],
+    "shuffled2 and ((values and (bias or branching or padded or softcap) and (recompute or frozen)) or again or form)",
+)
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str  # stands in the file once
+    new: str
+    cases: tuple[list[str], str] = STEP_LOGPS
+
+
+MUTANTS = [
+    # packs, warps
+    Mutant("common.cuh", "begin(k) + kPack<T> <= size;", "begin(k) + kPack<T> <= size + 1;"),
+    Mutant("common.cuh", "return begin(k) >= 0 && ", "return "),
+    Mutant("common.cuh", "return i >= 0 && i < size;", "return i > 0 && i < size;"),
+    Mutant("common.cuh", "return i >= 0 && i < size;", "return i >= 0 && i < size - 1;"),
+    Mutant("common.cuh", "int64_t begin = k * kPack<T> - skip;", "int64_t begin = k * kPack<T>;"),
+    Mutant("common.cuh", "if (skip == run.skip && run.whole(k))", "if (run.whole(k))"),
+    Mutant("common.cuh", "offset /= 2) value += shuffle_xor(value, offset)",
+           "offset /= 4) value += shuffle_xor(value, offset)"),
+    Mutant("common.cuh", "value += shuffle_xor(value, offset)", "value += shuffle_xor(value, offset & 15)"),
+    Mutant("common.cuh", "offset /= 2) value = fmaxf(value", "offset /= 4) value = fmaxf(value"),
+    # panels
+    Mutant("rows.cu", "  sync_threads();\n", ""),
+    Mutant("rows.cu", "turn ^= 1", "turn ^= 0"),
+    Mutant("rows.cu", "slots[turn * kWarps + thread_x() / kWarp]", "slots[turn * kWarps + thread_x() / kWarp + 1]"),
+    Mutant("rows.cu", "SVPO_SHARED(Partial, slots, 2 * (kThreads / kWarp))",
+           "SVPO_SHARED(Partial, slots, kThreads / kWarp)"),
+    Mutant("rows.cu", "return {m, part.s * factor, ", "return {m, part.s, "),
+    Mutant("rows.cu", "part.m - finite_max(m), factor", "part.m - m, factor"),
+    Mutant("rows.cu", "return data + (i / L * stride_b + i % L * stride_l);",
+           "return data + static_cast<int>(i / L * stride_b + i % L * stride_l);"),
+    Mutant("rows.cu", "if (c == label) z[c] = -INFINITY;", "if (c == label + 1) z[c] = -INFINITY;"),
+    Mutant("rows.cu", "if (mode == kCapped && !whole && ", "if (mode == kCapped && whole && "),
+    Mutant("rows.cu", "false>(run, mine, run.skip, from_float<T>(-INFINITY)",
+           "false>(run, mine, run.skip, from_float<T>(0.0f)"),
+    Mutant("rows.cu", "Partial own = {z[0], 0.0f, 0.0f};", "Partial own = {0.0f, 0.0f, 0.0f};"),
+    Mutant("rows.cu", "      sums[c % 4] += power;", "      sums[c % 4] = power;"),
+    Mutant("rows.cu", "return pack % kThreads == thread_x();", "return pack % kThreads == 0;"),
+    Mutant("rows.cu", "if (row < 0 || row >= source.count) return;", "if (row < 0) return;"),
+    Mutant("rows.cu", "whole = in.skip == out.skip && in.whole(first)", "whole = in.whole(first)"),
+    Mutant("rows.cu", "if (!in.has(out.begin(k) + j)) pack", "if (false) pack"),
+    Mutant("rows.cu", "mode == kCapped ? y * slope : y", "y"),
+    Mutant("rows.cu", "r < 0 ? 0 : vocab_size);", "vocab_size);"),
+    # a row's scalars, steps
+    Mutant("row_scalars.cu", "plan.labels[n] >= 0 && plan.labels[n] < vocab_size",
+           "plan.labels[n] >= 0 && plan.labels[n] <= vocab_size"),
+    Mutant("row_scalars.cu", "return plan.first[n] == n && known", "return known"),
+    Mutant("row_scalars.cu", "(best < 0 || logp[n] > logp[best])", "(best < 0 || logp[n] < logp[best])"),
+    Mutant("row_scalars.cu", "i >= plan.row_start[plan.R]) stats", "i > plan.row_start[plan.R]) stats"),
+    Mutant("row_scalars.cu", "row >= logits.count) {", "row > logits.count) {"),
+    Mutant("row_scalars.cu", "== likely ? others : s - e", "== likely ? s - e : s - e"),
+    Mutant("row_scalars.cu", "others += part.s * factor;", "others += part.s;"),
+    Mutant("row_scalars.cu", "if (n != likely && distinct", "if (distinct"),
+    Mutant("row_scalars.cu", "i < end; i += kWarp) sum", "i < end; i += kWarp + 1) sum"),
+    Mutant("row_scalars.cu", "begin + thread_x() % kWarp; i", "begin + 1 + thread_x() % kWarp; i"),
+    Mutant("row_scalars.cu", "step_ids[step_order[N - 1]] >= S", "step_ids[step_order[N - 1]] > S"),
+    Mutant("row_scalars.cu", "s < 0 || s >= upstream.S", "s < 0 || s > upstream.S"),
+    Mutant("row_scalars.cu", "if (plan.first[other] == n) sum", "if (true) sum"),
+    Mutant("row_scalars.cu", "if (plan.first[n] != likely) others", "if (n != likely) others"),
+    Mutant("row_scalars.cu", " - others * p : g - total * p", " : g - total * p"),
+    Mutant("row_scalars.cu", "known(plan, n, vocab_size) ? g : NAN", "g"),
+    Mutant("step_logps.cu", "fill_bytes(owner, 0xff", "fill_bytes(owner, 0x00"),
+    Mutant("step_logps.cu", "{factors, factors + R, nullptr", "{factors, factors + R - 1, nullptr"),
+    # between the products
+    Mutant("linear_rows.cu", "step = kPack<T> / 2; step", "step = kPack<T> / 4; step", LINEAR),
+    Mutant("linear_rows.cu", "k < a.packs(); k += kWarp", "k + 1 < a.packs(); k += kWarp", LINEAR),
+    Mutant("linear_rows.cu", "if (plan.first[equal] == n) label_z0", "if (equal == n) label_z0", LINEAR),
+    Mutant("linear_rows.cu", "if (bias) z0", "if (false) z0", LINEAR),
+    Mutant("linear_rows.cu", "(i > 0 && keys[i - 1] == label)", "false", LINEAR),
+    Mutant("linear_rows.cu", "label < 0 || label >= V ||", "label < 0 || label > V ||", LINEAR),
+    Mutant("linear_rows.cu", "sums[j] = scale * to_float", "sums[j] = to_float", LINEAR),
+    Mutant("linear_rows.cu", "int64_t j = i; j < N && keys[j] == label; ++j) {",
+           "int64_t j = i; keys[j] == label; ++j) {", LINEAR),
+    Mutant("linear_rows.cu", "float* const factors = reinterpret_cast<float*>(partial + partials);",
+           "float* const factors = reinterpret_cast<float*>(partial + 1);", LINEAR),
+]
+
+
+class Result(NamedTuple):
+    mutant: Mutant
+    caught: bool
+    by: str
+    seconds: float
+
+
+def copy_sources(to: Path) -> Path:
+    for part in ("csrc", "tests/cuda_emulation"):
+        shutil.copytree(cuda_emulator.ROOT / part, to / part, dirs_exist_ok=True)
+    return to
+
+
+def run_cases(library: Path, cases: tuple[list[str], str]) -> tuple[bool, str]:
+    """Whether all passed, and else by which test or sanitizer it was noticed."""
+    files, chosen = cases
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_emulator", "-p", "no:cacheprovider", *files]
+    env = environment(**cuda_emulator.environment(library))
+    done = subprocess.run([*command, "-k", chosen], env=env, cwd=TESTS, capture_output=True, text=True, timeout=900)
+    text = done.stdout + done.stderr
+    if done.returncode == 0:
+        return True, ""
+    failed = re.search(r"FAILED \S+::(\S+)(?: - (.*))?", text)
+    report = re.search(r"SUMMARY: (\S+: \S+)|runtime error: (.*)", text)
+    assert failed or report, f"neither passed nor failed:\n{text[-4000:]}"
+    return False, f"{failed[1]} {failed[2] or ''}"[:90] if failed else (report[1] or report[2])[:90]
+
+
+def run_mutant(mutant: Mutant, source: Path, objects: Path) -> Result:
+    began = time.monotonic()
+    path = source / "csrc" / "cuda" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} times, not once: {mutant.old!r}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        passed, by = run_cases(cuda_emulator.build(objects, root=source), mutant.cases)
+    finally:
+        path.write_text(text)
+    return Result(mutant, not passed, by, time.monotonic() - began)
+
+
+def run(mutants: list[Mutant], folder: Path) -> list[Result]:
+    """Every mutant, two at a time, after the unchanged sources have passed the same cases."""
+    sources, objects = queue.SimpleQueue(), folder / "objects"
+    for name in ("first", "second"):
+        sources.put(copy_sources(folder / name))
+    library = cuda_emulator.build(objects, root=folder / "first")
+    for cases in {mutant.cases[1]: mutant.cases for mutant in mutants}.values():
+        passed, by = run_cases(library, cases)
+        assert passed, f"the unchanged kernels fail {by}"
+
+    def one(mutant: Mutant) -> Result:
+        source = sources.get()
+        try:
+            return show(run_mutant(mutant, source, objects))
+        finally:
+            sources.put(source)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, mutants))
+
+
+def show(result: Result) -> Result:
+    change = f"{result.mutant.old.strip()} -> {result.mutant.new.strip() or '(nothing)'}".replace("\n", " ")
+    print(f"{'caught ' if result.caught else 'MISSED '} {result.seconds:4.0f} s  {result.mutant.file}: {change}"
+          f"{'  | ' + result.by if result.by else ''}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(cuda_emulator.ROOT), os.environ.get("PYTHONPATH", "")])
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not words or any(word in m.file or word in m.old + m.new for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(chosen, Path(folder))
+    missed = [result for result in results if not result.caught]
+    print(f"{len(results) - len(missed)} of {len(results)} mutants caught")
+    raise SystemExit(bool(missed))
