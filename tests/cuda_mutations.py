@@ -27,8 +27,8 @@ from processes import TESTS, environment
 # and one block for all of them.
 STEP_LOGPS = (
     ["cuda_checks.py", "test_step_logps.py"],
-    "(shuffled2 or descending) and ((any_alignment and not 8191) or bad_indices or constant or wide or (order and "
-    "odd_large) or padded_plan or (values and (many_steps or padded or softcap or branching or confident or infinity)))",
+    "(shuffled2 or descending) and ((any_alignment and not 8191) or bad_indices or constant or wide or padded_plan or "
+    "(order and odd_large) or (values and (many_steps or padded or softcap or branching or confident or infinity)))",
 )
 LINEAR = (
     ["test_linear_step_logps.py"],

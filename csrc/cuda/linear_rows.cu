@@ -10,14 +10,15 @@ namespace {
 
 constexpr int kFeatureThreads = 128;  // a block takes a row of D: 4096 16-bit features are 4 packs a thread
 
-// The dot of two runs of the same size, for the first lane of a warp. A sum for each element of a pack and lane.
+// The dot of two runs of the same size. In fp64, where products of fp32 numbers are exact: what is subtracted in the
+// gradient of a branching row shows the rounding of its labels' logits.
 template <class T>
-SVPO_DEVICE float warp_dot(const Run<const T>& a, const Run<const T>& b) {
-  float sums[kPack<T>] = {};
+SVPO_DEVICE double warp_dot(const Run<const T>& a, const Run<const T>& b) {
+  double sums[kPack<T>] = {};
   for (int64_t k = thread_x() % kWarp; k < a.packs(); k += kWarp) {
     const Pack<T> x = load_edge(a, k, from_float<T>(0.0f), a.skip), y = load_edge(b, k, from_float<T>(0.0f), a.skip);
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) sums[j] = fmaf(to_float(x.at[j]), to_float(y.at[j]), sums[j]);
+    for (int j = 0; j < kPack<T>; ++j) sums[j] += static_cast<double>(to_float(x.at[j])) * to_float(y.at[j]);
   }
 #pragma unroll
   for (int step = kPack<T> / 2; step > 0; step /= 2)
@@ -37,14 +38,14 @@ label_dots_kernel(const T* h, const T* weight, const T* bias, Plan plan, int64_t
   for (int64_t n = plan.row_start[r]; n < plan.row_start[r + 1]; ++n) {
     const int64_t label = plan.labels[n];
     if (plan.first[n] != n) continue;
-    float z0 = 0.0f;
+    double z0 = 0.0;
     if (scored && label >= 0 && label < vocab_size) {
       z0 = warp_dot(row, Run<const T>(weight + label * stride_w, D));
       if (bias) z0 += to_float(bias[label]);
     }
     // The first lane alone writes, its equals too: no other lane waits for them.
     for (int64_t equal = n; thread_x() == 0 && equal < plan.row_start[r + 1]; ++equal)
-      if (plan.first[equal] == n) label_z0[equal] = z0;
+      if (plan.first[equal] == n) label_z0[equal] = static_cast<float>(z0);
   }
 }
 

@@ -31,6 +31,8 @@ Transform make_transform(double temperature, double softcap) {
   return t;
 }
 
+// exp in two instructions, for sums: the rounded product with log2(e) costs |x| / 2 ulp where exp(x) is small. A column
+// of the gradient stands alone and is also written: it takes expf.
 SVPO_DEVICE float exp_(float x) { return exp2_approx(x * 1.4426950408889634f); }
 
 // A finite stand-in for a maximum where all z are -inf, so that their sum is 0 and not NaN.
@@ -216,7 +218,7 @@ SVPO_DEVICE void gradient_of(Pack<T>& pack, const Factors& by, const Transform& 
   for (int j = 0; j < kPack<T>; ++j) {
     float slope;
     const float d = transformed<mode>(to_float(pack.at[j]), t, &slope) - by.m;
-    float y = by.factor * exp_(d);
+    float y = by.factor * expf(d);
     if (kEntropy) y *= fmaf(by.linear, finite_exponent(d), by.constant);
     pack.at[j] = from_float<T>(mode == kCapped ? y * slope : y);
   }
