@@ -41,6 +41,7 @@ class Mutant(NamedTuple):
     old: str  # stands in the file once
     new: str
     cases: tuple[list[str], str] = STEP_LOGPS
+    sample: bool = False  # among the few that every run of the tests takes
 
 
 MUTANTS = [
@@ -90,16 +91,16 @@ MUTANTS = [
     Mutant("row_scalars.cu", "i < end; i += kWarp) sum", "i < end; i += kWarp + 1) sum"),
     Mutant("row_scalars.cu", "begin + thread_x() % kWarp; i", "begin + 1 + thread_x() % kWarp; i"),
     Mutant("row_scalars.cu", "step_ids[step_order[N - 1]] >= S", "step_ids[step_order[N - 1]] > S"),
-    Mutant("row_scalars.cu", "s < 0 || s >= upstream.S", "s < 0 || s > upstream.S"),
+    Mutant("row_scalars.cu", "s < 0 || s >= upstream.S", "s < 0 || s > upstream.S", sample=True),
     Mutant("row_scalars.cu", "if (plan.first[other] == n) sum", "if (true) sum"),
-    Mutant("row_scalars.cu", "if (plan.first[n] != likely) others", "if (n != likely) others"),
+    Mutant("row_scalars.cu", "if (plan.first[n] != likely) others", "if (n != likely) others", sample=True),
     Mutant("row_scalars.cu", " - others * p : g - total * p", " : g - total * p"),
     Mutant("row_scalars.cu", "known(plan, n, vocab_size) ? g : NAN", "g"),
     Mutant("step_logps.cu", "fill_bytes(owner, 0xff", "fill_bytes(owner, 0x00"),
     Mutant("step_logps.cu", "{factors, factors + R, nullptr", "{factors, factors + R - 1, nullptr"),
     # between the products
     Mutant("linear_rows.cu", "step = kPack<T> / 2; step", "step = kPack<T> / 4; step", LINEAR),
-    Mutant("linear_rows.cu", "k < a.packs(); k += kWarp", "k + 1 < a.packs(); k += kWarp", LINEAR),
+    Mutant("linear_rows.cu", "k < a.packs(); k += kWarp", "k + 1 < a.packs(); k += kWarp", LINEAR, True),
     Mutant("linear_rows.cu", "if (plan.first[equal] == n) label_z0", "if (equal == n) label_z0", LINEAR),
     Mutant("linear_rows.cu", "if (bias) z0", "if (false) z0", LINEAR),
     Mutant("linear_rows.cu", "(i > 0 && keys[i - 1] == label)", "false", LINEAR),

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_emulator
+import cuda_mutations
 import pytest
 from processes import TESTS, environment
 
@@ -56,6 +58,12 @@ def test_linear_step_logps(emulated: dict[str, str]) -> None:
     assert emulate(emulated, "test_linear_step_logps.py", chosen) >= 450
 
 
+def test_entropies_and_factors(emulated: dict[str, str]) -> None:
+    """What the whole gradient of a chunk is made for: recomputed, and under low-rank factors that train."""
+    chosen = "cuda and (not values or recompute or factors)"
+    assert emulate(emulated, "test_linear_entropy.py test_linear_lora.py", chosen) >= 290
+
+
 def test_small_ops(emulated: dict[str, str]) -> None:
     """The loss, the process reward ops and the aggregates: their own tests, and what only the emulation shows."""
     files = "test_svpo_loss.py test_prm.py test_aggregate.py test_small_ops.py test_small_ops_bad_input.py"
@@ -83,3 +91,17 @@ def test_kernels_use_nothing_but_the_common_header() -> None:
     for path in cuda_emulator.CUDA.iterdir():
         if path.suffix in (".cu", ".cuh") and path.name not in {"common.cuh", *cuda_emulator.NOT_EMULATED}:
             assert not own.findall(path.read_text()), path.name
+
+
+def test_mutants_are_caught(emulated: dict[str, str], tmp_path: Path) -> None:
+    """A sample of the faults of cuda_mutations.py; all of them with -m slow."""
+    results = cuda_mutations.run([m for m in cuda_mutations.MUTANTS if m.sample], tmp_path)
+    assert len(results) >= 3 and all(result.caught for result in results), results
+
+
+@pytest.mark.slow
+def test_every_mutant_is_caught(emulated: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("a sample of the mutants is built by default, all of them with: pytest -m slow")
+    missed = [result for result in cuda_mutations.run(cuda_mutations.MUTANTS, tmp_path) if not result.caught]
+    assert not missed, missed
