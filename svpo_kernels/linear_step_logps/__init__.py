@@ -210,8 +210,8 @@ def linear_step_logps(
         process_group: the processes that share the vocabulary: weight, bias and lora_b are this one's rows of them, in
             rank order, as many as it likes (none, or padding alone, too); a DTensor sharded on dim 0 brings its group.
             All else is the same on every process, hidden's gradient too, which is complete everywhere; labels and
-            vocab_size count over all shards. The first call with a weight exchanges sizes on the host, so
-            make it outside of torch.compile.
+            vocab_size count over all shards. The first call with a weight exchanges sizes on the host;
+            calls with a group are tested outside of torch.compile only.
         lora_a, lora_b, lora_scaling: (r, D), (V, r): low-rank factors on the head as `peft` puts them there (without
             dropout), in hidden's dtype or fp32, never merged into weight.
         return_entropy: also return the entropy of each prediction's row, -sum of p log p. Its gradient is no multiple
