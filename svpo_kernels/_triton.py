@@ -121,7 +121,7 @@ HEAD = Span(4096, 16)
 # The gradient of a head's rows: steps x columns of a tile (32 x 128 took 254 registers, this 116), and the steps that
 # one program sums. More are summed in parts, in order: 2000 steps at D = 4096 make 1024 programs of 4 tiles each.
 HEAD_STEPS, HEAD_COLUMNS, HEAD_PART, HEAD_WARPS = 32, 64, 128, 8
-SWEEP = 512  # steps that are looked through at a time for equal positions: one a thread of HEAD
+SWEEP = 512  # steps that are looked through, or whose fp64 losses are added, at a time: one a thread of HEAD
 SEQUENCE, SEQUENCE_WARPS = 128, 1  # scores of a sequence at a time: most have fewer steps
 
 

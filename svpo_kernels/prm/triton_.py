@@ -68,7 +68,7 @@ def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tens
     loss = hidden.new_empty(S if each else (), dtype=torch.float32)
     launch(
         prm_loss_fwd_kernel, (cdiv(S, SWEEP) if each else 1,), hidden, decisions, labels.contiguous(), loss, S,
-        EACH=each, MEAN=reduction == "mean", LANES=SWEEP, warps=ROW_WARPS,
+        EACH=each, MEAN=reduction == "mean", LANES=SWEEP, warps=HEAD.warps,
     )
     return loss, logits
 
