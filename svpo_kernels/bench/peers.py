@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import svpo_kernels as sk
+from svpo_kernels.linear_step_logps.cost import call_cost
 
 from .machine import Work, installed
 
@@ -43,9 +44,11 @@ class HeadShape:
     @property
     def work(self) -> Work:
         """Two products of the scored rows, three with a trainable head: nobody can do with less."""
-        rows, size = int(self.T * self.f), torch.finfo(self.dtype).bits / 8
+        rows, size = int(self.T * self.f), self.dtype.itemsize
         weights = self.V * self.D * size
-        return Work(weights, weights if self.trainable else 0.0, 2 * (2 + self.trainable) * rows * self.D * self.V)
+        least = call_cost(rows, self.D, self.V, "store" if self.trainable else "frozen", needs_weight=self.trainable,
+                          itemsize=size, logits_budget_mb=2**40)
+        return Work(weights, weights if self.trainable else 0, least.flops)
 
 
 class HeadInputs:
