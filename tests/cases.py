@@ -65,6 +65,7 @@ _F32 = [
     RowCase("no_rows", L=0),
     RowCase("no_steps", S=0, scored=0.0),
     RowCase("many_steps", S=200),
+    RowCase("long_steps", L=300, V=17, S=2, scored=0.9),
     RowCase("mean", reduction="mean"),
     RowCase("none", reduction="none"),
     RowCase("temperature", temperature=0.7),

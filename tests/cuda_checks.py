@@ -66,7 +66,7 @@ def test_order_does_not_show(case: RowCase, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("V", [1, 7, 8, 9, 255, 257, 1017, 1025, 8191, 8200])
+@pytest.mark.parametrize("V", [1, 7, 8, 9, 255, 257, 1017, 1025, 8191, 8200, 8201])
 def test_any_alignment(dtype: torch.dtype, V: int) -> None:
     """Every distance of a row from a 16-byte border, its own and its gradient's; its neighbours are left alone."""
     case = RowCase("aligned", B=1, L=2, V=V, S=2, scored=1.0, dtype=dtype, softcap=7.0 if V % 2 else None)

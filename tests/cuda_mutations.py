@@ -28,7 +28,8 @@ from processes import TESTS, environment
 STEP_LOGPS = (
     ["cuda_checks.py", "test_step_logps.py"],
     "(shuffled2 or descending) and ((any_alignment and not 8191) or bad_indices or constant or wide or padded_plan or "
-    "(order and odd_large) or (values and (many_steps or padded or softcap or branching or confident or infinity)))",
+    "(order and odd_large) or (values and (many_steps or long_steps or padded or softcap or branching or confident or "
+    "infinity)))",
 )
 LINEAR = (
     ["test_linear_step_logps.py"],
@@ -78,7 +79,8 @@ MUTANTS = [
     Mutant("rows.cu", "SVPO_SHARED(Partial, slots, 2 * (kThreads / kWarp))",
            "SVPO_SHARED(Partial, slots, kThreads / kWarp)"),
     Mutant("rows.cu", "return {m, part.s * factor, ", "return {m, part.s, "),
-    Mutant("rows.cu", "part.m - finite_max(m), factor", "part.m - m, factor"),
+    Mutant("rows.cu", "part.m - finite_max(m), factor", "part.m - m, factor",
+           survives="a panel that has a sum has a finite maximum, and m is no smaller"),
     Mutant("rows.cu", "return data + (i / L * stride_b + i % L * stride_l);",
            "return data + static_cast<int>(i / L * stride_b + i % L * stride_l);"),
     Mutant("rows.cu", "if (c == label) z[c] = -INFINITY;", "if (c == label + 1) z[c] = -INFINITY;"),
@@ -108,7 +110,7 @@ MUTANTS = [
     Mutant("row_scalars.cu", "begin + thread_x() % kWarp; i", "begin + 1 + thread_x() % kWarp; i"),
     Mutant("row_scalars.cu", "step_ids[step_order[N - 1]] >= S", "step_ids[step_order[N - 1]] > S"),
     Mutant("row_scalars.cu", "s < 0 || s >= upstream.S", "s < 0 || s > upstream.S", sample=True),
-    Mutant("row_scalars.cu", "if (plan.first[other] == n) sum", "if (true) sum"),
+    Mutant("row_scalars.cu", "if (plan.first[other] == n) sum", "if (plan.first[other] >= n) sum"),
     Mutant("row_scalars.cu", "if (plan.first[n] != likely) others", "if (n != likely) others", sample=True),
     Mutant("row_scalars.cu", " - others * p : g - total * p", " : g - total * p"),
     Mutant("row_scalars.cu", "known(plan, n, vocab_size) ? g : NAN", "g"),
