@@ -134,6 +134,20 @@ def test_bad_indices_give_nan(dtype: torch.dtype) -> None:
     assert grad.isnan().any(-1).tolist() == [[False, False, True, False, False, False]]
 
 
+def test_every_row_branches(schedule: str) -> None:
+    """No prediction is left out of dW: the last label's terms end with the list of them."""
+    hidden, weight = torch.randn(3, 9, requires_grad=True), torch.randn(8, 9, requires_grad=True)
+    plan = sk.StepPlan.from_predictions([0, 0, 1, 1, 2, 2], [0, 7, 2, 7, 4, 7], [0, 1, 2, 0, 1, 2], 3)
+    upstream = torch.randn(3)
+
+    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        out = sk.linear_step_logps(hidden, weight, plan, backend=backend)
+        return torch.autograd.grad(out, (hidden, weight), upstream)
+
+    for ours, expected in zip(gradients("cuda"), gradients("cpu"), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_scratch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_step_logps(), "scratch", lambda like, size: like.new_empty(1, dtype=torch.uint8))
     case = replace(ROW_CASES[0], S=3)

@@ -32,8 +32,9 @@ STEP_LOGPS = (
     "infinity)))",
 )
 LINEAR = (
-    ["test_linear_step_logps.py"],
-    "shuffled2 and ((values and (bias or branching or padded or softcap) and (recompute or frozen)) or again or form)",
+    ["cuda_checks.py", "test_linear_step_logps.py"],
+    "shuffled2 and (every_row_branches or again or form or (values and (bias or branching or padded or softcap) and "
+    "(recompute or frozen)))",
 )
 LOSS = (
     ["cuda_small_checks.py", "test_svpo_loss.py"],
@@ -119,15 +120,17 @@ MUTANTS = [
     # between the products
     Mutant("linear_rows.cu", "step = kPack<T> / 2; step", "step = kPack<T> / 4; step", LINEAR),
     Mutant("linear_rows.cu", "k < a.packs(); k += kWarp", "k + 1 < a.packs(); k += kWarp", LINEAR, True),
-    Mutant("linear_rows.cu", "if (plan.first[equal] == n) label_z0", "if (equal == n) label_z0", LINEAR),
+    Mutant("linear_rows.cu", "if (plan.first[equal] == n) label_z0", "if (equal == n) label_z0", LINEAR,
+           survives="of equal predictions the kernels read the first one's logit alone"),
     Mutant("linear_rows.cu", "if (bias) z0", "if (false) z0", LINEAR),
     Mutant("linear_rows.cu", "(i > 0 && keys[i - 1] == label)", "false", LINEAR),
     Mutant("linear_rows.cu", "label < 0 || label >= V ||", "label < 0 || label > V ||", LINEAR),
-    Mutant("linear_rows.cu", "sums[j] = scale * to_float", "sums[j] = to_float", LINEAR),
+    Mutant("linear_rows.cu", "sums[j] = scale * to_float", "sums[j] = scale + to_float", LINEAR),
     Mutant("linear_rows.cu", "int64_t j = i; j < N && keys[j] == label; ++j) {",
            "int64_t j = i; keys[j] == label; ++j) {", LINEAR),
     Mutant("linear_rows.cu", "float* const factors = reinterpret_cast<float*>(partial + partials);",
-           "float* const factors = reinterpret_cast<float*>(partial + 1);", LINEAR),
+           "float* const factors = reinterpret_cast<float*>(partial + 1);", LINEAR,
+           survives="the kernel that reads the partial sums has ended when the factors are written"),
     # the small ops
     Mutant("small.cuh", "i < 0 || i >= size", "i < 0 || i > size", LOSS),
     Mutant("small.cuh", "  sync_threads();\n", "", LOSS),
