@@ -138,6 +138,12 @@ def gradient_warps(span: Span, itemsize: int) -> int:
     return 2 * span.warps if span == WIDE and itemsize == 4 else span.warps
 
 
+def entropy_registers(span: Span) -> int | None:
+    """The most registers of the gradient of entropies. Left to itself ptxas trims a narrow span with a softcap to 40 on
+    sm_100 and spills 8 bytes."""
+    return 64 if span == NARROW else None
+
+
 def programs_per_row(rows: int, spans: int, sms: int) -> int:
     """Programs that share a row's spans: one while rows alone give every SM 8 programs (two waves), else as many as
     that takes. 64 rows at V = 128256 on 132 SMs: 16 spans, 16 programs a row, 1024 in all."""

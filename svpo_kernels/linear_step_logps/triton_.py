@@ -120,7 +120,7 @@ def rows_grad(
         rows_grad_kernel, (count, programs) if spans else (0,), z, z, out, source.stride_l, target.stride_l, plan.rows,
         plan.row_start, plan.labels, targets, row_max, row_logsum, entropy, G, E, first_row, V, spans, *split,
         1.0 / temperature, MODE=mode, BLOCK=span.columns, ALIGN=min(source.align, target.align),
-        LIMIT_ALIGN=min(source.limit(V), target.limit(V)), warps=span.warps,
+        LIMIT_ALIGN=min(source.limit(V), target.limit(V)), warps=span.warps, maxnreg=_triton.entropy_registers(span),
     )
 
 
