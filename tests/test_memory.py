@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import mmap
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,18 @@ def test_idle_pages_are_given_to_the_system() -> None:
     del buffer
     assert idle() == 1
     assert lazily_free() - before > 0.9 * SIZE * 4 / 1024
+
+
+@pytest.mark.skipif(not _memory.HUGE_PAGES.exists(), reason="the system has no huge pages")
+def test_a_large_buffer_asks_for_huge_pages() -> None:
+    tensor = _memory.empty(LIKE, (SIZE,)).tensor
+    own, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (area := re.match("([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            own = int(area[1], 16) <= tensor.data_ptr() < int(area[2], 16)
+        elif own and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert "hg" in flags
 
 
 def test_a_step_does_not_see_what_was_in_its_buffer() -> None:
