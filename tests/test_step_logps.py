@@ -169,6 +169,26 @@ def test_rows_without_a_distribution_are_nan(backend: str, device: str, value: f
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_huge_logits_are_logits(backend: str, device: str, temperature: float) -> None:
+    """Masks of finfo.min, 1e30 or -1e9: beside the label alone, beside others, everywhere. As eager fp32 has them."""
+    lowest = torch.finfo(torch.bfloat16).min / 2  # still finite when divided by 0.7
+    rows = torch.tensor([lowest, 1e30, -1e10, 2e9, -1e9]).repeat(3)[:, None].repeat(1, 40)
+    rows[5:10, 3] = torch.tensor([0.0, 0.0, 2.0, -2e9, 1e9])
+    rows[10:, 20:30] = torch.randn(10)
+    logits, labels, steps = rows.to(device).requires_grad_(), torch.full((15,), 3), torch.arange(15)
+    options = dict(shift=0, temperature=temperature, backend=backend)
+    logp = torch.log_softmax(logits / temperature, -1)
+    (expected,) = torch.autograd.grad(logp[:, 3].sum(), logits, retain_graph=True)
+    identity = torch.eye(40, device=device)
+    from_head, entropies = sk.linear_step_logps(logits, identity, labels, steps, return_entropy=True, **options)
+    for out in (sk.step_logps(logits, labels, steps, **options), from_head):
+        torch.testing.assert_close(out, logp[:, 3], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), logits)[0], expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(entropies, torch.special.entr(logp.exp()).sum(-1), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_bitwise_equal_from_run_to_run(backend: str, device: str) -> None:
     case = RowCase("again", V=5003, L=40, predictions="branching")
     logits, given = make_rows(case, device)

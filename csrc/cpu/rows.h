@@ -118,24 +118,26 @@ void finish_row(const Plan& plan, int64_t r, RowLabels own, const T* z0, const f
     if (static_cast<float>(z) > top) top = static_cast<float>(z);
   }
   const double m = finite_max(top);
+  // z - m; where m is huge z counts as rounded as m is, so that equals stay equal.
+  auto shifted = [&](int64_t i) { return (huge(top) ? static_cast<float>(logit(i)) : logit(i)) - m; };
   // The likeliest label comes last, so that its log-prob sees the sum of all others as it is.
   rescale(sum, top);
   double others = sum.s;
   for (int64_t i = 0; i < own.count; ++i)
-    if (i != likely) others += exp(logit(i) - m);
-  double s = own.count ? others + exp(logit(likely) - m) : others;
+    if (i != likely) others += exp(shifted(i));
+  double s = own.count ? others + exp(shifted(likely)) : others;
   if (top == -__builtin_inff()) s = others = __builtin_nan("");
   to.row_max[r] = top;
   to.row_logsum[r] = static_cast<float>(log(s));
   for (int64_t i = 0; i < own.count; ++i) {
-    const double z = logit(i) - m, e = exp(z);
+    const double z = shifted(i), e = exp(z);
     to.logp[own.order[i]] = static_cast<float>(svpo_logp(z, e, i == likely ? others : s - e));
   }
   for (int64_t n = begin; n < end; ++n) to.logp[n] = to.logp[plan.first[n]];
   if (!to.entropy) return;
   double weighted = sum.t;
   for (int64_t i = 0; i < own.count; ++i) {
-    const double z = logit(i) - m, e = exp(z);
+    const double z = shifted(i), e = exp(z);
     if (e > 0.0) weighted += e * z;
   }
   const double entropy = log(s) - weighted / s;

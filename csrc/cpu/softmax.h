@@ -61,27 +61,39 @@ SVPO_INLINE Vec transformed(Vec z0, const Transform& t) {
   return vtanh_of_half(fma(z0, set1(t.twice_low), z0 * set1(t.twice_high)));
 }
 
-// Base-2 exponent of x against a maximum: m2 is m * log2(e) in fp32, `fix` what its rounding and that of `high` cost.
+// From here on (2^30) fp32 numbers are 64 apart: beside a maximum like that only its equals count.
+inline bool huge(float m) { return fabs(m) >= 1073741824.0; }
+
+// Base-2 exponent of x against a maximum, high x + low x - m2: m2 is m * log2(e) in fp32, `fix` what its rounding and
+// that of `high` cost.
 struct Reference {
-  float minus_m2;
+  float high, low, minus_m2;
   double fix, shift;  // fix = 2^shift
 };
 
 inline Reference reference(const Transform& t, float m) {
+  if (huge(m)) {  // m2 would be off by more than fp32 powers reach: m itself, or shrunk to 128 ... 256, is not
+    if (t.mode == kPlain) return {1.0f, 0.0f, -m, 1.0, 0.0};
+    int exponent;
+    frexp(m, &exponent);
+    const double shrink = ldexp(1.0, 8 - exponent);
+    const float half = static_cast<float>(0.5 * t.scale * shrink);
+    return {half, half, -static_cast<float>(m * shrink), 1.0, 0.0};
+  }
   const double exact = m * (t.mode == kPlain ? static_cast<double>(t.high) : kLog2E);
   const float m2 = static_cast<float>(exact);
-  return {-m2, exp2(m2 - exact), m2 - exact};
+  return {t.high, t.low, -m2, exp2(m2 - exact), m2 - exact};
 }
 
 template <Mode mode>
-SVPO_INLINE Vec exponent(Vec x, Vec minus_m2, const Transform& t) {
-  const Vec coarse = fma(set1(t.high), x, minus_m2);
-  return mode == kPlain ? coarse : fma(set1(t.low), x, coarse);
+SVPO_INLINE Vec exponent(Vec x, const Reference& to) {
+  const Vec coarse = fma(set1(to.high), x, set1(to.minus_m2));
+  return mode == kPlain ? coarse : fma(set1(to.low), x, coarse);
 }
 
 template <Mode mode>
-SVPO_INLINE Vec power(Vec x, Vec minus_m2, const Transform& t) {
-  return vexp2(exponent<mode>(x, minus_m2, t));
+SVPO_INLINE Vec power(Vec x, const Reference& to) {
+  return vexp2(exponent<mode>(x, to));
 }
 
 // An exponent to multiply its power with: where the power is 0 anyway, -256 stands in for what may be -inf.
@@ -144,8 +156,7 @@ SVPO_INLINE float block_max(const T* z0, int n, const Transform& t, float* stash
 
 // Sum of 2^(exponent of x) over a block, four accumulators without a rescale. Fetches the next block meanwhile.
 template <Mode mode, class S, class T>
-SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& t, const T* next) {
-  const Vec bias = set1(minus_m2);
+SVPO_INLINE float block_sum(const S* x, int n, const Reference& to, const T* next) {
   Vec sum[4];
   for (int k = 0; k < 4; ++k) sum[k] = set1(0.0f);
   int i = 0;
@@ -153,11 +164,11 @@ SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& 
     for (unsigned byte = 0; byte < 4 * kWidth * sizeof(T); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
     for (int k = 0; k < 4; ++k)
-      sum[k] = sum[k] + power<mode>(load(x + i + k * kWidth), bias, t);
+      sum[k] = sum[k] + power<mode>(load(x + i + k * kWidth), to);
   }
   for (; i < n; i += kWidth) {
     const int left = n - i < kWidth ? n - i : kWidth;
-    sum[0] = sum[0] + power<mode>(load_n(x + i, left, -__builtin_inff()), bias, t);
+    sum[0] = sum[0] + power<mode>(load_n(x + i, left, -__builtin_inff()), to);
   }
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -166,11 +177,10 @@ SVPO_INLINE float block_sum(const S* x, int n, float minus_m2, const Transform& 
 struct BlockSums { float powers, weighted; };
 
 template <Mode mode, class S, class T>
-SVPO_INLINE BlockSums block_sums(const S* x, int n, float minus_m2, const Transform& t, const T* next) {
-  const Vec bias = set1(minus_m2);
+SVPO_INLINE BlockSums block_sums(const S* x, int n, const Reference& to, const T* next) {
   Vec sum[2] = {set1(0.0f), set1(0.0f)}, weighted[2] = {set1(0.0f), set1(0.0f)};
   auto add = [&](Vec one, int k) {
-    const Vec d = exponent<mode>(one, bias, t), p = vexp2(d);
+    const Vec d = exponent<mode>(one, to), p = vexp2(d);
     sum[k] = sum[k] + p;
     weighted[k] = fma(p, finite_exponent(d), weighted[k]);
   };
@@ -196,14 +206,14 @@ void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
     rescale(sum, static_cast<float>(mode == kPlain ? top : top * t.scale));
     if (m != sum.m) m = sum.m, to = reference(t, finite_max(m));
     if (entropy) {
-      const BlockSums sums = kStash<mode, T> ? block_sums<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
-                                             : block_sums<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock);
+      const BlockSums sums = kStash<mode, T> ? block_sums<mode>(stash, len, to, z0 + i + kBlock)
+                                             : block_sums<mode>(z0 + i, len, to, z0 + i + kBlock);
       sum.s += to.fix * sums.powers;
       sum.t += to.fix / kLog2E * (sums.weighted + to.shift * sums.powers);
       continue;
     }
-    sum.s += to.fix * (kStash<mode, T> ? block_sum<mode>(stash, len, to.minus_m2, t, z0 + i + kBlock)
-                                       : block_sum<mode>(z0 + i, len, to.minus_m2, t, z0 + i + kBlock));
+    sum.s += to.fix * (kStash<mode, T> ? block_sum<mode>(stash, len, to, z0 + i + kBlock)
+                                       : block_sum<mode>(z0 + i, len, to, z0 + i + kBlock));
   }
 }
 
@@ -212,10 +222,10 @@ void scan(const T* z0, int64_t n, const Transform& t, Partial& sum) {
 template <Mode mode, class T>
 void gradient(const T* z0, T* grad, int64_t n, const Transform& t, float m, double factor, bool past_cache) {
   const Reference to = reference(t, finite_max(m));
-  const Vec bias = set1(to.minus_m2), f = set1(static_cast<float>(factor * to.fix));
+  const Vec f = set1(static_cast<float>(factor * to.fix));
   auto one = [&](Vec raw) {
     const Vec x = transformed<mode>(raw, t);
-    const Vec y = power<mode>(x, bias, t) * f;
+    const Vec y = power<mode>(x, to) * f;
     return mode == kCapped ? y * fnma(x, x, set1(1.0f)) : y;
   };
   auto partly = [&](int64_t from, int64_t to) {
@@ -244,10 +254,10 @@ template <Mode mode, class T>
 void weighted_gradient(const T* z0, T* out, int64_t n, const Transform& t, float m, double factor, double constant,
                        double slope) {
   const Reference to = reference(t, finite_max(m));
-  const Vec bias = set1(to.minus_m2), f = set1(static_cast<float>(factor * to.fix));
+  const Vec f = set1(static_cast<float>(factor * to.fix));
   const Vec b = set1(static_cast<float>(slope / kLog2E)), a = set1(static_cast<float>(constant + slope / kLog2E * to.shift));
   auto one = [&](Vec raw) {
-    const Vec x = transformed<mode>(raw, t), d = exponent<mode>(x, bias, t);
+    const Vec x = transformed<mode>(raw, t), d = exponent<mode>(x, to);
     const Vec y = vexp2(d) * f * fma(b, finite_exponent(d), a);
     return mode == kCapped ? y * fnma(x, x, set1(1.0f)) : y;
   };
