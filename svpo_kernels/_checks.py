@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WHOLE = (int, np.integer, torch.SymInt)
+NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
 
 
 def describe(value: object) -> str:
@@ -69,6 +72,21 @@ def require_choice(op: str, argument: str, value: object, choices: tuple[object,
         fail(op, argument, "one of " + ", ".join(repr(choice) for choice in choices), describe(value))
 
 
+def require_number(op: str, argument: str, value: object) -> None:
+    """A number and no tensor: that would be read from its device, and its gradient lost."""
+    if not isinstance(value, NUMBERS):
+        fail(op, argument, "a number", describe(value), TypeError)
+
+
+def require_size(op: str, argument: str, value: object) -> None:
+    """A whole number from 0 on."""
+    if not isinstance(value, WHOLE):
+        fail(op, argument, "an int", describe(value), TypeError)
+    if value < 0:
+        fail(op, argument, ">= 0", value)
+
+
 def require_positive(op: str, argument: str, value: float) -> None:
+    require_number(op, argument, value)
     if not value > 0:
         fail(op, argument, "> 0", value)

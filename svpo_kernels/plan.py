@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import INTEGERS, fail
+from ._checks import INTEGERS, fail, require_size
 from .dispatch import library
 
 IGNORE = -100  # torch's ignore_index: a label that is not scored
@@ -62,8 +62,8 @@ class StepPlan:
 
         labels: (B, L) or (T,) integers, -100 = not scored. step_ids: same shape, < 0 = not scored, global over the
         batch; None: one step per sequence. shift: 1 when labels[t] is token t itself (Hugging Face), 0 when labels[t]
-        is what row t predicts. num_steps: S, by default the largest step id + 1. Rows are indices into the flattened
-        (B * L) rows.
+        is what row t predicts. num_steps: S, by default the largest step id + 1, scored or not (without step_ids the
+        number of sequences). Rows are indices into the flattened (B * L) rows.
 
         Raises ValueError or TypeError for shapes, dtypes or a missing shift, IndexError for a step id >= num_steps or
         a negative label other than -100.
@@ -72,12 +72,14 @@ class StepPlan:
         labels = as_index(op, "labels", labels)
         step_ids = None if step_ids is None else as_index(op, "step_ids", step_ids)
         check_layout(op, labels, step_ids, shift)
+        if num_steps is None:
+            num_steps = sequences(labels) if step_ids is None else largest_step(step_ids) + 1
         rows, labels, step_ids, scored = flatten(labels, step_ids, shift)
         position = torch.nonzero(scored).squeeze(1)
         rows, labels, step_ids = rows[position], labels[position], step_ids[position]
         S = check_num_steps(op, num_steps, step_ids)
         R = N = position.numel()
-        each = torch.arange(N + 1)
+        each = torch.arange(N + 1, device="cpu")
         return cls._assemble(rows, each, labels, each[:N], step_ids, *step_csr(step_ids, S), R=R, N=N, S=S)
 
     @classmethod
@@ -107,7 +109,7 @@ class StepPlan:
         rows, labels, step_ids = rows[order], labels[order], step_ids[order]
         distinct, per_row = torch.unique_consecutive(rows, return_counts=True)
         R, N = distinct.numel(), rows.numel()
-        row_start = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)])
+        row_start = torch.cat([rows.new_zeros(1), per_row.cumsum(0)])
         first = first_of_equal(rows, labels)
         return cls._assemble(distinct, row_start, labels, first, step_ids, *step_csr(step_ids, S), R=R, N=N, S=S)
 
@@ -235,12 +237,13 @@ class StepPlan:
 def as_index(op: str, argument: str, value: Any) -> Tensor:
     """Tensor, array or sequence of integers -> int64 CPU tensor."""
     if not isinstance(value, Tensor):
-        value = np.asarray(value)
-        if value.size == 0:
-            value = value.astype(np.int64)
-        if value.dtype.kind not in "iu":
+        try:
+            value = np.asarray(value)
+        except ValueError:
+            fail(op, argument, "integers in rows of one length", "a ragged list")
+        if value.dtype.kind not in "iu" and value.size:
             fail(op, argument, "integers", f"{value.shape} {value.dtype}", TypeError)
-        value = torch.from_numpy(np.ascontiguousarray(value.astype(np.int64)))
+        value = torch.from_numpy(value.astype(np.int64, order="C"))
     if value.dtype not in INTEGERS:
         fail(op, argument, "integers", value, TypeError)
     return value.detach().to("cpu", torch.int64)
@@ -262,15 +265,22 @@ def check_layout(op: str, labels: Tensor, step_ids: Tensor | None, shift: int | 
         fail(op, "step_ids", f"shaped like labels {tuple(labels.shape)} and on {labels.device}", step_ids)
 
 
-def check_num_steps(op: str, num_steps: int | None, step_ids: Tensor) -> int:
-    largest = int(step_ids.max()) if step_ids.numel() else -1
-    if num_steps is None:
-        return largest + 1
-    if num_steps < 0:
-        fail(op, "num_steps", ">= 0", num_steps)
+def check_num_steps(op: str, num_steps: int, step_ids: Tensor) -> int:
+    require_size(op, "num_steps", num_steps)
+    largest = largest_step(step_ids)
     if largest >= num_steps:
         fail(op, "step_ids", f"below num_steps = {num_steps}", f"a step id of {largest}", IndexError)
     return int(num_steps)
+
+
+def sequences(labels: Tensor) -> int:
+    """The steps of the tensor form without step ids."""
+    return labels.shape[0] if labels.dim() == 2 else 1
+
+
+def largest_step(step_ids: Tensor) -> int:
+    """-1 where there is none."""
+    return max(int(step_ids.max()), -1) if step_ids.numel() else -1
 
 
 def flatten(labels: Tensor, step_ids: Tensor | None, shift: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -293,7 +303,7 @@ def flatten(labels: Tensor, step_ids: Tensor | None, shift: int) -> tuple[Tensor
 def step_csr(step_ids: Tensor, S: int) -> tuple[Tensor, Tensor]:
     order = torch.argsort(step_ids, stable=True)
     counts = torch.bincount(step_ids, minlength=S)
-    return order, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
@@ -301,7 +311,7 @@ def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
     by_label = torch.argsort(labels, stable=True)
     order = by_label[torch.argsort(rows[by_label], stable=True)]
     key = torch.stack([rows[order], labels[order]])
-    new = torch.ones(order.shape, dtype=torch.bool)
+    new = order.new_ones(order.shape, dtype=torch.bool)
     new[1:] = (key[:, 1:] != key[:, :-1]).any(0)
     group = new.cumsum(0) - 1
     first = torch.empty_like(order)
@@ -312,7 +322,7 @@ def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
 def value_bounds(rows: Tensor, low: Tensor, high: Tensor, step_ids: Tensor) -> Tensor:
     """(4,) smallest of `low` and largest of `high` (both labels), largest row and step; of nothing: 0, -1, -1, -1."""
     if rows.shape[0] == 0:
-        return torch.tensor([0, -1, -1, -1])
+        return torch.tensor([0, -1, -1, -1], device="cpu")
     return torch.stack([low.min(), high.max(), rows.max(), step_ids.max()])
 
 
@@ -325,7 +335,7 @@ def scored_bounds(plan: PlanTensors) -> Tensor:
 
 
 def no_bounds() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 # -- the rows of a plan, taken and put back ----------------------------------------------------------------------------
@@ -343,7 +353,7 @@ def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
 
 def scatter_rows(grad: Tensor, rows: Tensor, values: Tensor) -> None:
     """grad[rows] = values; the rows are distinct, and padding (-1) brings zeros to row 0."""
-    flat = grad.view(-1, grad.shape[-1])
+    flat = grad.flatten(0, -2)
     if flat.shape[0]:
         flat.index_add_(0, rows.clamp_min(0), values)
 
@@ -371,9 +381,9 @@ def spread_rows(values: Tensor, plan: PlanTensors) -> Tensor:
 def compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_steps: int | None) -> PlanTensors:
     """`StepPlan.from_step_ids` on the tensors' own device, with one host read (N, and S unless it is given)."""
     rows, labels, step_ids, scored = flatten(labels, step_ids, shift)
-    largest = torch.where(scored, step_ids, -1).max() if scored.numel() else scored.new_full((), -1, dtype=torch.int64)
+    largest = step_ids.max() if step_ids.numel() else step_ids.new_full((), -1)
     N, top = torch.stack([scored.sum(), largest]).tolist()
-    S = top + 1 if num_steps is None else num_steps
+    S = max(top + 1, 0) if num_steps is None else num_steps
     position = torch.argsort(~scored, stable=True)[:N]
     rows, labels, step_ids = rows[position], labels[position], step_ids[position]
     each = torch.arange(N + 1, device=rows.device)
@@ -388,7 +398,7 @@ def _fake_compact_plan(labels: Tensor, step_ids: Tensor | None, shift: int, num_
     N = context.new_dynamic_size()
     edges = context.new_dynamic_size() if num_steps is None else num_steps + 1  # S + 1: a size of its own
     sizes = (N, N + 1, N, N, N, N, edges)
-    bounds = torch.empty(4 if labels.device.type == "cpu" else 0, dtype=torch.int64)
+    bounds = torch.empty(4 if labels.device.type == "cpu" else 0, dtype=torch.int64, device="cpu")
     return *(labels.new_empty((size,), dtype=torch.int64) for size in sizes), bounds
 
 

@@ -30,6 +30,21 @@ def test_from_step_ids_shifts_within_each_sequence() -> None:
     assert plain.rows.tolist() == [0, 1, 3, 4, 6, 7] and plain.num_steps == 5
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_number_of_steps_is_the_same_everywhere(shift: int) -> None:
+    """Steps that end up without predictions count too: a pair may name them."""
+    logits, hidden, weight = torch.randn(2, 4, 9), torch.randn(2, 4, 5), torch.randn(9, 5)
+    labels, step_ids = torch.full((2, 4), 3), torch.zeros(2, 4, dtype=torch.int64)
+    first, masked, nothing = step_ids.clone(), step_ids.clone(), step_ids - 1
+    first[0, 0] = masked[1, 2] = 6
+    without = labels.clone()
+    without[1] = -100
+    for given, steps, S in ((labels, first, 7), (without, masked, 7), (without, None, 2), (labels, nothing, 0)):
+        assert sk.StepPlan.from_step_ids(given, steps, shift=shift).num_steps == S
+        assert sk.step_logps(logits, given, steps, shift=shift).shape == (S,)
+        assert sk.linear_step_logps(hidden, weight, given, steps, shift=shift).shape == (S,)
+
+
 def test_from_predictions_keeps_position_order_and_merges_equal_targets() -> None:
     plan = sk.StepPlan.from_predictions([5, 2, 5, 5, 2, 9], [1, 3, 4, 1, 3, -100], [0, 1, 1, 2, 2, 0], 4)
     assert plan.rows.tolist() == [2, 5]
@@ -91,6 +106,9 @@ def test_pad_to_adds_only_padding() -> None:
             "step_ids must be below num_steps = 4, got a step id of 4",
         ),
         (dict(labels=[1], step_ids=[0], shift=0, num_steps=-1), ValueError, "num_steps must be >= 0"),
+        (dict(labels=[1], step_ids=[0], shift=0, num_steps=1.5), TypeError, "num_steps must be an int, got float 1.5"),
+        (dict(labels=[[1, 2], [3]], step_ids=None, shift=0), (TypeError, ValueError), "labels must be integers"),
+        (dict(labels=5, step_ids=None, shift=0), ValueError, r"labels must be \(B, L\) or \(T,\), got \(\)"),
         (
             dict(labels=[-5], step_ids=[0], shift=0),
             IndexError,
@@ -110,6 +128,7 @@ def test_from_step_ids_refuses(arguments: dict, error: type, message: str) -> No
         (([-1], [1], [0], 1), IndexError, "rows must be >= 0, got a row of -1"),
         (([0], [1], [1], 1), IndexError, "step_ids must be below num_steps = 1"),
         (([0], [-2], [0], 1), IndexError, "got a label of -2"),
+        (([0], [1], [0], None), TypeError, "num_steps must be an int, got None"),
     ],
 )
 def test_from_predictions_refuses(arguments: tuple, error: type, message: str) -> None:

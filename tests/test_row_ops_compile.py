@@ -71,6 +71,19 @@ def test_entropies_and_factors_make_at_most_four_graphs(dynamic: bool | None) ->
     assert counter.frame_count <= 4
 
 
+def test_inplace_backward_compiles() -> None:
+    """It cannot be had there, and a leaf is as good as any."""
+    torch._dynamo.reset()
+    logits, labels = torch.randn(5, 9, requires_grad=True), torch.randint(0, 9, (5,))
+
+    def call(logits):
+        return sk.step_logps(logits, labels, shift=0, inplace_backward=True).sum()
+
+    (ours,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(logits), logits)
+    (eager,) = torch.autograd.grad(sk.step_logps(logits, labels, shift=0).sum(), logits)
+    torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize("op", ["step_logps", "linear_step_logps"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor_with_ignored_rows_equals_eager(op: str, dynamic: bool) -> None:

@@ -128,6 +128,16 @@ def test_inplace_backward(backend: str, device: str, dtype: torch.dtype, predict
         other.backward()
 
 
+def test_inplace_backward_is_spent_even_where_torch_does_not_look() -> None:
+    """Saved tensors that hooks hand through have no version."""
+    made = torch.randn(4, 5, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        out = sk.step_logps(made, torch.zeros(4, dtype=torch.int64), shift=0, inplace_backward=True)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="step_logps: a second backward with inplace_backward=True"):
+        out.sum().backward()
+
+
 def test_inplace_backward_refuses_leaves_and_views() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     leaf = torch.randn(4, 5, requires_grad=True)

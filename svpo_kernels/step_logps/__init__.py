@@ -10,8 +10,16 @@ from torch import Tensor
 
 from .. import dispatch
 from .._autograd import once_differentiable
-from .._checks import checks_devices, fail, require_choice, require_float, require_integer, require_positive
-from ..plan import PlanTensors, StepPlan, check_layout, scored_bounds
+from .._checks import (
+    checks_devices,
+    fail,
+    require_choice,
+    require_float,
+    require_integer,
+    require_positive,
+    require_size,
+)
+from ..plan import PlanTensors, StepPlan, check_layout, largest_step, scored_bounds, sequences
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -108,6 +116,10 @@ class _StepLogps(torch.autograd.Function):
         logits, logp, row_max, row_logsum, *plan = ctx.saved_tensors
         args = (grad_out.contiguous(), logits, logp, row_max, row_logsum, plan, *ctx.options, ctx.backend)
         if ctx.inplace:
+            # Torch's own version check does not see logits that saved_tensors_hooks hand through.
+            if getattr(ctx, "spent", False):
+                raise RuntimeError("step_logps: a second backward with inplace_backward=True: the logits are gone")
+            ctx.spent = True
             torch.ops.svpo.step_logps_bwd_(*args)
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
@@ -152,14 +164,16 @@ def step_logps(
             per sequence.
         shift: 1 when labels[t] is token t (Hugging Face labels: row t - 1 predicts it), 0 when labels[t] is what row t
             predicts. No default with labels.
-        num_steps: S. Without it the largest step id is read from the device.
+        num_steps: S. Without it the largest step id, scored or not, is read from the device; without step_ids it is the
+            number of sequences.
         reduction: "sum" or "mean" over the predictions of a step; "none": per prediction, (N,) by ascending position
             with a plan, labels' shape with 0 where unscored in tensor form.
         temperature: z is divided by it.
         softcap: z = softcap * tanh(logits / softcap) before the temperature; None = none.
         vocab_size: columns from there on (padding of the head) never count. Default V.
         inplace_backward: write the gradient over the logits. They must be neither a leaf nor a view, and nothing else
-            may need them: their version is bumped, so that a second backward or another consumer raises.
+            may need them: their version is bumped, so that a second backward or another consumer raises. Without
+            effect under torch.compile, which plans memory itself.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -177,7 +191,8 @@ def step_logps(
     require_float(op, "logits", logits)
     if logits.dim() not in (2, 3):
         fail(op, "logits", "(B, L, V) or (T, V)", logits)
-    options = check_options(op, logits.shape[-1], vocab_size, temperature, softcap, reduction)
+    options = check_options(op, logits.shape[-1], vocab_size, temperature, softcap, reduction, backend)
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward and logits.requires_grad and (logits.is_leaf or logits._is_view()):
         fail(
             op,
@@ -192,16 +207,18 @@ def step_logps(
 
 
 def check_options(
-    op: str, V: int, vocab_size: int | None, temperature: float, softcap: float | None, reduction: str
+    op: str, V: int, vocab_size: int | None, temperature: float, softcap: float | None, reduction: str, backend: str
 ) -> Options:
     """What `step_logps` and `linear_step_logps` share."""
+    require_choice(op, "backend", backend, dispatch.BACKENDS)
     require_choice(op, "reduction", reduction, REDUCTIONS)
     require_positive(op, "temperature", temperature)
     if softcap is not None:
         require_positive(op, "softcap", softcap)
     if vocab_size is None:
         vocab_size = V
-    elif not 0 <= vocab_size <= V:
+    require_size(op, "vocab_size", vocab_size)
+    if vocab_size > V:
         fail(op, "vocab_size", f"between 0 and V = {V}", vocab_size)
     return Options(vocab_size, float(temperature), float(softcap or 0.0), reduction)
 
@@ -229,9 +246,9 @@ def as_plan(
     if labels.shape != source.shape[:-1]:
         fail(op, "labels", f"shaped like the rows {tuple(source.shape[:-1])}", labels)
     if num_steps is None and step_ids is None:
-        num_steps = labels.shape[0] if labels.dim() == 2 else 1
-    elif num_steps is not None and num_steps < 0:
-        fail(op, "num_steps", ">= 0", num_steps)
+        num_steps = sequences(labels)
+    elif num_steps is not None:
+        require_size(op, "num_steps", num_steps)
     return build(labels, step_ids, shift, num_steps, source.device)
 
 
@@ -243,5 +260,5 @@ def _dense(
     Made where the labels are: index tensors on the CPU are checked before they are copied.
     """
     if num_steps is None:
-        num_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0
-    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=max(num_steps, 0)).to(device).tensors
+        num_steps = largest_step(step_ids) + 1
+    return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=num_steps).to(device).tensors
