@@ -39,8 +39,20 @@ SHARED = [
         "step_ids must be below num_steps = 4, got a step id of 4",
     ),
     ("num_steps", dict(num_steps=-1), ValueError, "num_steps must be >= 0, got int -1"),
+    ("num_steps_type", dict(num_steps=2.5), TypeError, "num_steps must be an int, got float 2.5"),
     ("reduction", dict(reduction="max"), ValueError, "reduction must be one of 'sum', 'mean', 'none', got str 'max'"),
     ("temperature", dict(temperature=0.0), ValueError, "temperature must be > 0, got float 0.0"),
+    ("temperature_type", dict(temperature=None), TypeError, "temperature must be a number, got None"),
+    (
+        "temperature_tensor",
+        dict(temperature=torch.ones((), requires_grad=True)),
+        TypeError,
+        r"temperature must be a number, got \(\) float32 on cpu",
+    ),
+    ("softcap_type", dict(softcap="30"), TypeError, "softcap must be a number, got str '30'"),
+    ("vocab_size_type", dict(vocab_size=9.0), TypeError, "vocab_size must be an int, got float 9.0"),
+    ("vocab_size_negative", dict(vocab_size=-1), ValueError, "vocab_size must be >= 0, got int -1"),
+    ("backend_type", dict(backend=None), ValueError, "backend must be one of .* got None"),
     ("softcap", dict(softcap=-1.0), ValueError, "softcap must be > 0"),
     ("vocab_size", dict(vocab_size=V + 1), ValueError, f"vocab_size must be between 0 and V = {V}"),
     (
@@ -98,6 +110,8 @@ def test_logits(logits, error: type, message: str) -> None:
         (H, W[:, :3].contiguous(), None, ValueError, r"weight must be \(V, D\) with D = 8 like hidden, got \(11, 3\)"),
         (H, W.double(), None, TypeError, "weight must be torch.float32 like hidden"),
         (H, W.t(), None, ValueError, "weight must be contiguous in its last dimension"),
+        (H, W, torch.randn(2 * V)[::2], ValueError, r"bias must be contiguous in its last dimension, got .* \(2,\)"),
+        (H, W, [0.0] * V, TypeError, "bias must be a float32, .* got list"),
         (H, W, torch.randn(3), ValueError, r"bias must be \(V,\) = \(11,\), got \(3,\)"),
         (H, W.to("meta"), None, ValueError, "weight must be on cpu like hidden, got .* on meta"),
         (H[0], W, None, ValueError, r"hidden must be \(B, L, D\) or \(T, D\)"),
@@ -106,6 +120,20 @@ def test_logits(logits, error: type, message: str) -> None:
 def test_head(hidden, weight, bias, error: type, message: str) -> None:
     with pytest.raises(error, match=f"linear_step_logps: {message}"):
         sk.linear_step_logps(hidden, weight, Y, shift=0, bias=bias)
+
+
+@pytest.mark.parametrize("lora_a", [torch.zeros(0, D), torch.tensor(1.0)])
+def test_lora_has_a_rank(lora_a: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"linear_step_logps: lora_a must be \(r, D\) with r >= 1, got \("):
+        sk.linear_step_logps(H, W, Y, shift=0, lora_a=lora_a, lora_b=torch.zeros(V, 0))
+
+
+def test_an_infinite_budget_is_none() -> None:
+    weight = W.clone().requires_grad_()
+    for budget in (float("inf"), 512):
+        sk.linear_step_logps(H, weight, Y, shift=0, logits_budget_mb=budget).sum().backward()
+    torch.testing.assert_close(weight.grad / 2, torch.autograd.grad(
+        sk.linear_step_logps(H, weight, Y, shift=0).sum(), weight)[0], rtol=0, atol=0)
 
 
 def test_budget_must_be_positive() -> None:
@@ -161,6 +189,20 @@ def test_fp64_runs_on_the_reference_only() -> None:
     assert sk.step_logps(X.double(), Y, shift=0).dtype == torch.float64
     with pytest.raises(RuntimeError, match="step_logps: backend 'cpu' cannot run this call: .*float64"):
         sk.step_logps(X.double(), Y, shift=0, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_of_no_features_are_defined(backend: str) -> None:
+    """D = 0: every logit is the bias."""
+    hidden, weight = torch.zeros(T, 0, requires_grad=True), torch.zeros(V, 0, requires_grad=True)
+    bias = torch.randn(V, requires_grad=True)
+    out = sk.linear_step_logps(hidden, weight, Y, shift=0, bias=bias, backend=backend)
+    torch.testing.assert_close(out, T * torch.log_softmax(bias, 0)[:1])
+    out.sum().backward()
+    assert hidden.grad.shape == (T, 0) and weight.grad.shape == (V, 0)
+    scores = sk.prm_scores(hidden, torch.tensor([0, 3]), weight[:2], backend=backend)
+    assert scores.tolist() == [0.5, 0.5]
+    scores.sum().backward()
 
 
 def test_all_masked_and_empty_are_defined() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._autograd import once_differentiable
-from .._checks import fail, require_float, require_positive, require_same_device, require_shape
+from .._checks import fail, require_float, require_number, require_positive, require_same_device, require_shape
 from ..plan import PlanTensors, StepPlan, flatten
 from ..step_logps import as_plan, check_bounds, check_options, fake_rows
 from . import modes, shards
@@ -238,10 +238,13 @@ def linear_step_logps(
     )
     require_float(op, "hidden", hidden)
     require_float(op, "weight", weight)
+    if bias is not None:
+        require_float(op, "bias", bias)
     hidden, weight, bias, lora_a, lora_b = _autocast(hidden, weight, bias, lora_a, lora_b)
     _check_head(op, hidden, weight, bias)
     _check_lora(op, hidden, weight, lora_a, lora_b)
     require_positive(op, "logits_budget_mb", logits_budget_mb)
+    require_number(op, "lora_scaling", lora_scaling)
     plan = as_plan(op, hidden, labels, step_ids, shift, num_steps, _compact)
     needs, needs_lora = _requires_grad(hidden, weight, bias), any(_requires_grad(lora_a, lora_b))
     mode = modes.mode(*needs, torch.is_grad_enabled(), bool(return_entropy), needs_lora)
@@ -252,7 +255,8 @@ def linear_step_logps(
                 "labels": [index.shape[0] for index in plan[:-1]], "logits_budget_mb": logits_budget_mb,
                 "lora_a": None if lora_a is None else tuple(lora_a.shape), "mode": mode}
         sizes = shards.layout(op, given, weight.shape[0], process_group, same)
-    base = check_options(op, sum(sizes) if group else weight.shape[0], vocab_size, temperature, softcap, reduction)
+    base = check_options(op, sum(sizes) if group else weight.shape[0], vocab_size, temperature, softcap, reduction,
+                         backend)
     more = (float(logits_budget_mb), mode, bool(return_entropy), float(lora_scaling), group, sizes)
     options = Options(*base, *more)
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
@@ -272,7 +276,7 @@ def _requires_grad(*tensors: Tensor | None) -> list[bool]:
 def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The casts that `F.linear` makes under autocast."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return hidden, *others
     dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), *(None if t is None else t.to(dtype) for t in others)
@@ -304,7 +308,9 @@ def _check_lora(op: str, hidden: Tensor, weight: Tensor, lora_a: Tensor | None, 
         if value.dtype not in dtypes or value.dtype != lora_a.dtype:
             fail(op, name, f"{hidden.dtype} like hidden, or float32, the same for both factors", value, TypeError)
         require_same_device(op, name, value, "hidden", hidden)
-    rank = lora_a.shape[0]
+    rank = lora_a.shape[0] if lora_a.dim() else 0
+    if not rank:
+        fail(op, "lora_a", "(r, D) with r >= 1", lora_a)
     require_shape(op, "lora_a", lora_a, (rank, hidden.shape[-1]), "(r, D)")
     require_shape(op, "lora_b", lora_b, (weight.shape[0], rank), "(V, r)")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 MODES = ("forward", "frozen", "store", "logits")
 MOST_ROWS = 4096  # a longer chunk does not make the products any faster
+NO_LIMIT = 2**40  # MiB; float("inf") has no int
 LEAST_ROWS = {"cuda": 256, "cpu": 64}  # fewer rows leave the matrix units waiting for the weight
 
 
@@ -79,7 +80,7 @@ def budget(V: int, itemsize: int, logits_budget_mb: float, device_type: str, mod
     the rows beyond it; in store mode, when all rows can be kept, that quarter is never allocated.
     """
     least = LEAST_ROWS.get(device_type, LEAST_ROWS["cuda"])
-    rows = int(logits_budget_mb * 2**20) // max(1, V * itemsize)
+    rows = int(min(logits_budget_mb, NO_LIMIT) * 2**20) // max(1, V * itemsize)
     if mode not in ("store", "logits"):
         return Budget(0, min(max(rows, least), MOST_ROWS))
     chunk = min(max(rows // 4, least), MOST_ROWS)
