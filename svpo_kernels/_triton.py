@@ -176,9 +176,9 @@ class Transform(NamedTuple):
 
 
 def split(value: float) -> tuple[float, float]:
-    high = torch.tensor(value, dtype=torch.float32)
+    high = torch.tensor(value, dtype=torch.float32, device="cpu")
     if high.item() > value:
-        high = torch.nextafter(high, torch.zeros(()))
+        high = torch.nextafter(high, torch.zeros_like(high))
     return high.item(), max(value - high.item(), 1e-37)
 
 

@@ -26,7 +26,7 @@ def prm_scores_fwd(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tens
     """As the reference. Only the rows of hidden at positions and two rows of weight are read."""
     index = index_vector(positions)
     S = index.shape[0]
-    scores, logits = torch.empty(S, dtype=torch.float32), torch.empty((S, 2), dtype=torch.float32)
+    scores, logits = _fp32(S), _fp32((S, 2))
     try:
         _native.cpu().prm_scores_fwd(
             *hidden_arguments(hidden, index), *head_arguments(weight), *bias_arguments(bias), good, bad,
@@ -55,8 +55,7 @@ def prm_loss_fwd(hidden: Tensor, positions: Tensor, labels: Tensor, weight: Tens
     """As the reference."""
     index, y = index_vector(positions), labels.contiguous()
     S = index.shape[0]
-    loss = torch.empty(S if reduction == "none" else (), dtype=torch.float32)
-    logits = torch.empty((S, 2), dtype=torch.float32)
+    loss, logits = _fp32(S if reduction == "none" else ()), _fp32((S, 2))
     try:
         _native.cpu().prm_loss_fwd(
             *hidden_arguments(hidden, index), y.data_ptr(), *head_arguments(weight), *bias_arguments(bias), good, bad,
@@ -79,6 +78,10 @@ def prm_loss_bwd(grad: Tensor, hidden: Tensor, positions: Tensor, labels: Tensor
         bias_arguments(bias)[1], logits.data_ptr(), good, bad, _native.REDUCTIONS[reduction],
         *(_native.pointer(x) for x in found), _native.threads())
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
+
+
+def _fp32(size: int | tuple[int, ...]) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch.set_default_device says
 
 
 def hidden_arguments(hidden: Tensor, index: Tensor) -> tuple[int, ...]:
@@ -118,7 +121,7 @@ def aggregate_scores_fwd(scores: Tensor, offsets: Tensor, how: str) -> tuple[Ten
     """As the reference."""
     x, start = scores.contiguous(), index_vector(offsets)
     B = start.shape[0] - 1
-    out, chosen = torch.empty(B, dtype=torch.float32), torch.empty(B, dtype=torch.int64)
+    out, chosen = _fp32(B), start.new_empty(B, dtype=torch.int64)
     try:
         _native.cpu().aggregate_scores_fwd(*sequence_arguments(x, start), AGGREGATES[how], out.data_ptr(),
                                            chosen.data_ptr(), _native.threads())

@@ -15,7 +15,7 @@ from .reference import Inputs, Options, check_values
 
 PREFERENCES = {"sigmoid": 0, "ipo": 1, "hinge": 2}
 RANKS = {"hinge": 0, "logistic": 1, "implicit": 2}
-_SCALAR = torch.empty((), dtype=torch.float32)  # empty_like of it is the cheapest way to a new scalar
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # empty_like of it is the cheapest way to a new scalar
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,7 +60,8 @@ def svpo_loss_fwd(
             chosen.data_ptr(), rejected.data_ptr(), slopes.data_ptr())
     except (IndexError, ValueError):
         _explain(
-            Inputs(step_logps, ref_step_logps, values, value_targets, pairs, sft_steps, counts=counts),
+            Inputs(step_logps, ref_step_logps, values, value_targets, pairs, sft_steps,
+                   label_smoothings=label_smoothings, counts=counts),
             Options(beta, preference, preference_weight, label_smoothing, margin, value_weight, rank, rank_margin,
                     rank_scale, rank_weight, sft_weight, pair_count, value_count, sft_count))
     return *scalars, chosen, rejected, slopes
