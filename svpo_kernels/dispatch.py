@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native
 from ._checks import describe, fail
@@ -75,16 +76,33 @@ def call(name: str, backend: str, probe: Tensor, args: tuple[Any, ...]) -> Any:
 
     Eager mode on plain tensors needs the backend file only; the dispatcher takes 20 us to box two dozen arguments for a
     kernel of 5 us (svpo_loss, P = 64). No autograd either way: a backend file detaches what it would differentiate.
-    probe: the first tensor of args. Not for ops with a `check` or a `call`.
+    Under vmap it runs the op once for each entry. probe: the first tensor of args. Not for ops with a `check` or a
+    `call`.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or probe.is_meta
         or (type(probe) is not Tensor and type(probe) is not torch.nn.Parameter)
     ):
         with torch.no_grad():
             return getattr(torch.ops.svpo, name)(*args, backend)
     return _function(name, backend, probe.device, probe.dtype)(*args)
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise RuntimeError(f"{re.sub(r'_(fwd|bwd)$', '', name)}: forward-mode derivatives are not implemented")
+
+
+def check_backend(op: str, backend: str, probe: Tensor) -> None:
+    """What `resolve` raises, under the name of a public op that runs another's kernels."""
+    if not torch.compiler.is_compiling():
+        resolve(op, backend, probe.device, probe.dtype)
 
 
 @functools.cache
@@ -96,7 +114,7 @@ def _function(name: str, backend: str, device: torch.device, dtype: torch.dtype)
 @functools.cache
 def load(op: str, backend: str) -> ModuleType | None:
     """The backend file of an op, or None when the op has no such file."""
-    name = f"{_families[op]}.{FILES[backend]}"
+    name = f"{_families[_same_kernels.get(op, op)]}.{FILES[backend]}"
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 

@@ -73,6 +73,8 @@ extern "C" int SVPO_ENTRY(svpo_loss_fwd)(
   if (!choose_count(counts, 0, pair_count, P, &pair_n) || !choose_count(counts, 1, value_count, labelled, &value_n) ||
       !choose_count(counts, 2, sft_count, K, &sft_n))
     return SVPO_BAD_VALUE;
+  for (int64_t p = 0; label_smoothings && p < P; ++p)
+    if (!(e[p] >= 0.0 && e[p] <= 1.0)) return SVPO_BAD_VALUE;
   // Slopes: preference and sft in lp, value and rank in v.
   Scratch<double> slope(4 * S);
   if (!slope.data) return SVPO_NO_MEMORY;

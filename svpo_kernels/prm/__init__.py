@@ -216,6 +216,7 @@ def prm_scores_from_lm_head(hidden: Tensor, positions: Tensor, lm_head_weight: T
             fail(op, name, "an int", describe(token), TypeError)
         if not 0 <= token < V:
             fail(op, name, f"in [0, V) with V = {V}", token, IndexError)
+    dispatch.check_backend(op, backend, hidden)
     if good_token == bad_token:
         fail(op, "bad_token", "another token than good_token", bad_token)
     if softcap is not None:
@@ -306,8 +307,12 @@ def _check_rows(op: str, hidden: Tensor, positions: Tensor, weight: Tensor, name
         fail(op, name, f"{letters} with D = {hidden.shape[-1]}", weight)
     require_same_device(op, "positions", positions, "hidden", hidden)
     require_same_device(op, name, weight, "hidden", hidden)
-    if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        fail(op, name, f"{hidden.dtype} like hidden, as float64 goes with float64 only", weight, TypeError)
+    _require_same_width(op, name, weight, hidden)
+
+
+def _require_same_width(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
+    if (x.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        fail(op, name, f"{hidden.dtype} like hidden, as float64 goes with float64 only", x, TypeError)
 
 
 def _check_head(op: str, hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None,
@@ -321,6 +326,7 @@ def _check_head(op: str, hidden: Tensor, positions: Tensor, weight: Tensor, bias
         require_float(op, "bias", bias)
         if bias.shape != (C,) or bias.device != hidden.device:
             fail(op, "bias", f"(C,) = ({C},) on {hidden.device}", bias)
+        _require_same_width(op, "bias", bias, hidden)
     require_choice(op, "good", good, (0, 1))
     return (good, 1 - good) if C == 2 else (0, -1)
 

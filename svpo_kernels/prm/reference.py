@@ -100,7 +100,7 @@ def head_logits(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor 
 
 def _rows(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """hidden at the positions (S, D) in the compute dtype, and which of them exist."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.flatten(0, -2)
     inside = (positions >= 0) & (positions < flat.shape[0])
     if flat.shape[0] == 0:
         return flat.new_zeros((positions.shape[0], flat.shape[1]), dtype=_compute(hidden)), inside

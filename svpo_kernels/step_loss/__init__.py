@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .._checks import FLOATS, INTEGERS, describe, fail, require_choice, require_no_grad, require_positive
+from .._checks import (
+    FLOATS,
+    INTEGERS,
+    NUMBERS,
+    describe,
+    fail,
+    require_choice,
+    require_no_grad,
+    require_number,
+    require_positive,
+)
 from .presets import PRESETS
 from .reference import Inputs, Options, compute_dtype, svpo_loss_terms, weighted_sum
 
@@ -81,7 +91,8 @@ class _SvpoLoss(torch.autograd.Function):
     def forward(ctx: Any, step_logps: Tensor | None, ref_step_logps: Tensor | None, values: Tensor | None,
                 terms: tuple[Tensor, ...], kept: tuple[Tensor | None, ...], options: Options,
                 backend: str) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*kept)
+        # A reference computed under torch.inference_mode is the rule, and autograd does not save such tensors.
+        ctx.save_for_backward(*[x.clone() if x is not None and x.is_inference() else x for x in kept])
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return terms
@@ -216,6 +227,9 @@ def svpo_loss(
     require_choice(op, "preference", preference, PREFERENCES)
     require_choice(op, "rank", rank, RANKS)
     require_positive(op, "beta", beta)
+    for name, number in (("preference_weight", preference_weight), ("value_weight", value_weight),
+                         ("rank_scale", rank_scale), ("rank_weight", rank_weight), ("sft_weight", sft_weight)):
+        require_number(op, name, number)
     like = _check_steps(op, step_logps, values, rank, preference_weight, rank_weight, sft_weight)
     S, double = like.shape[0], like.dtype == torch.float64
     pairs = _check_index(op, "pairs", pairs, like, 2)
@@ -278,6 +292,7 @@ def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Ten
     op = "dvo_loss"
     require_positive(op, "beta", beta)
     _check_vector(op, "step_logps", step_logps, step_logps, None, "(S,)")
+    dispatch.check_backend(op, backend, step_logps)
     S = step_logps.shape[0]
     if ref_step_logps is not None:
         _check_vector(op, "ref_step_logps", ref_step_logps, step_logps, S, "(S,)")
@@ -335,7 +350,7 @@ def _check_pair_tensor(op: str, name: str, x: object, like: Tensor, pairs: Tenso
 
 def _per_pair(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> tuple[Tensor | None, float]:
     """A number for all pairs, or one per pair."""
-    if isinstance(x, (int, float)):
+    if isinstance(x, NUMBERS):
         return None, x
     if not isinstance(x, Tensor):
         fail(op, name, "a number or a (P,) tensor", describe(x), TypeError)
@@ -355,6 +370,9 @@ def _counts(op: str, counts: object, like: Tensor) -> tuple[Tensor | None, tuple
     if torch.compiler.is_compiling():
         # As a tensor they are an input of the graph: numbers that change every step would make a graph each.
         return torch.tensor(list(counts), dtype=torch.float32, device=like.device), OWN_COUNTS
+    for count in counts:
+        if not isinstance(count, (*NUMBERS, Tensor)):
+            fail(op, "counts", "three numbers", counts, TypeError)
     numbers = tuple(float(count) for count in counts)
     if min(numbers) < 0:
         fail(op, "counts", ">= 0", counts)

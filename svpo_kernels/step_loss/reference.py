@@ -279,6 +279,9 @@ def check_values(inputs: Inputs, options: Options) -> None:
             low, high = (int(x) for x in torch.aminmax(index))
             if low < 0 or high >= S:
                 fail_step(name, S, low if low < 0 else high)
+    smoothings = inputs.label_smoothings
+    if smoothings is not None and (outside := ~((smoothings >= 0) & (smoothings <= 1))).any():
+        fail("svpo_loss", "label_smoothing", "in [0, 1]", f"{smoothings[outside][0].item():g}")
     counts = inputs.counts.tolist() if inputs.counts is not None else options[-3:]
     labelled = 0 if inputs.values is None or inputs.value_targets is None else int(
         (~torch.isnan(inputs.value_targets)).sum())
