@@ -13,7 +13,7 @@ import torch
 
 from .race import Clock
 
-PEERS = ("triton", "transformers", "trl", "liger_kernel", "cut-cross-entropy")
+PEERS = ("triton", "transformers", "trl", "liger_kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 ROUNDS = 7
 # (elements of the copied buffer, edge of the square product): out of every cache, and 0.1 s of a CPU's time
 SIZES = {"cpu": (1 << 26, 2048), "cuda": (1 << 29, 8192), "tiny": (1 << 20, 256)}

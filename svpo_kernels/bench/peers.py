@@ -150,6 +150,27 @@ def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
                                  impl="cce" if hidden.is_cuda else "torch_compile")
 
 
+def flash_attn(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """flash-attn's Triton cross entropy over the logits; its gradient takes the logits' place, which is its best."""
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    losses, _ = cross_entropy_loss(F.linear(hidden, weight), labels, ignore_index=IGNORE, inplace_backward=True)
+    return -losses
+
+
+def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """quack's head with a loss per row; its chunked one has "mean" and "sum" only, so no upstream gradient per row."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return -linear_cross_entropy_func(hidden, weight, None, labels, ignore_index=IGNORE, reduction="none",
+                                      inplace_backward=True)
+
+
+# Name, head, package: Triton or CuTe kernels
+GPU_PEERS = (("Liger", liger, "liger_kernel"), ("flash-attn", flash_attn, "flash-attn"),
+             ("quack", quack, "quack-kernels"))
+
+
 class _TrlModel(torch.nn.Module):
     """The least model that add_fused_lm_head takes: its backbone hands the hidden states through."""
 
@@ -178,6 +199,7 @@ class _TrlModel(torch.nn.Module):
 
 def peers(device: str) -> tuple[dict[str, Head], dict[str, str]]:
     """(name -> head) of every peer that can run here, (name -> why not) of the others."""
+    torch.compiler.reset()  # a function compiled for 8 shapes runs eagerly, silently, from the ninth on
     found: dict[str, Head] = {"eager": eager, "torch.compile": compiled}
     skipped: dict[str, str] = {}
 
@@ -192,7 +214,8 @@ def peers(device: str) -> tuple[dict[str, Head], dict[str, str]]:
     trl = None if installed("trl") else "trl is not installed"
     add("TRL selective_log_softmax", trl_logits, trl)
     add("TRL fused_lm_head", trl_fused, trl or _trl_has_no_fused_head())
-    add("Liger", liger, _liger_reason(device))
+    for name, head, package in GPU_PEERS:
+        add(name, head, _gpu_reason(package, device))
     add("CCE", cce, None if installed("cut-cross-entropy") else "cut-cross-entropy is not installed")
     return found, skipped
 
@@ -204,7 +227,7 @@ def _trl_has_no_fused_head() -> str | None:
     return None if known else f"trl {installed('trl')} has no add_fused_lm_head"
 
 
-def _liger_reason(device: str) -> str | None:
-    if not installed("liger_kernel"):
-        return "liger_kernel is not installed"
-    return None if device == "cuda" else "its operators are Triton kernels, which need a GPU"
+def _gpu_reason(package: str, device: str) -> str | None:
+    if not installed(package):
+        return f"{package} is not installed"
+    return None if device == "cuda" else "its operators are kernels that need a GPU"
