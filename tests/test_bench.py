@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,12 +190,102 @@ def test_training_four_ways_is_one_curve(tmp_path):
 def test_training_refuses_curves_that_differ(monkeypatch):
     """A way that trains something else must not get a time."""
     pytest.importorskip("trl")
-    monkeypatch.setitem(training.SETTINGS, "learning_rate", 1e-2)
-    ours = training.run_ours
-    monkeypatch.setattr(training, "run_trl", lambda case, folder: training.Ran([0.69, 0.60], [1.0, 1.0], 1, 1))
-    monkeypatch.setattr(training, "run_ours", lambda case, packing, folder: ours(case, packing, folder))
+    made = training.trl_way
+
+    def changed(case, folder):
+        way = made(case, folder)
+        way.trainer.args.learning_rate *= 2
+        return way
+
+    monkeypatch.setattr(training, "trl_way", changed)
     with pytest.raises(AssertionError, match="the losses differ by"):
         list(training.run(training.cases("tiny")[0], RATES))
+
+
+class _Trainer:
+    """Trains three steps, and says so; fails in the second when told to."""
+
+    def __init__(self, name, log, fails):
+        self.name, self.log, self.fails = name, log, fails
+
+    def add_callback(self, callback):
+        self.callback = callback
+
+    def train(self):
+        for step in range(3):
+            self.callback.on_step_begin(None, None, None)
+            if self.fails and step == 1:
+                raise RuntimeError(f"{self.name} failed")
+            self.log.append((step, self.name))
+            self.callback.on_step_end(None, None, None)
+
+
+@pytest.mark.parametrize("fails", [None, "b"])
+def test_ways_take_their_steps_in_turn(fails):
+    log = []
+    ways = {name: training.Way(_Trainer(name, log, name == fails), training.Ran(), lambda ran: None) for name in "abc"}
+    if fails:
+        with pytest.raises(RuntimeError, match="b failed"):
+            training.train_in_turn(ways)
+        assert log == [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "c"), (2, "a"), (2, "c")]
+    else:
+        found = training.train_in_turn(ways)
+        assert log == [(step, name) for step in range(3) for name in "abc"]
+        assert all(len(ran.seconds) == 3 and ran.mebibytes >= 0 for ran in found.values())
+
+
+@pytest.mark.parametrize("device, there, why", [
+    ("cpu", True, "its operators are kernels that need a GPU"), ("cuda", False, "is not installed"),
+    ("cuda", True, None)])
+def test_gpu_peers_are_taken_where_they_can_run(monkeypatch, device, there, why):
+    """Without a GPU: names, packages and reasons; heads are imported when they are called."""
+    names = {name: package for name, _, package in peers.GPU_PEERS}
+    assert names == {"Liger": "liger_kernel", "flash-attn": "flash-attn", "quack": "quack-kernels"}
+    real = peers.installed
+    monkeypatch.setattr(peers, "installed", lambda name: ("1.0" if there else None) if name in names.values()
+                        else real(name))
+    found, skipped = peers.peers(device)
+    for name, function, package in peers.GPU_PEERS:
+        if why is None:
+            assert found[name] is function and name not in skipped
+        else:
+            assert name not in found and skipped[name].endswith(why) and (there or skipped[name].startswith(package))
+
+
+@pytest.mark.parametrize("module, function, head", [
+    ("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", peers.flash_attn),
+    ("quack.linear_cross_entropy", "linear_cross_entropy_func", peers.quack)])
+def test_gpu_peers_are_called_as_their_packages_ask(monkeypatch, module, function, head):
+    """Stand-ins with the signatures of flash-attn 2.8.3 and quack 0.6.5: values and gradients are the op's."""
+    def cross_entropy_loss(logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0,
+                           lse_square_scale=0.0, ignore_index=-100, inplace_backward=False, process_group=None):
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        return losses, losses * 0
+
+    def linear_cross_entropy_func(x, weight, bias, target, ignore_index=-100, reduction="mean",
+                                  inplace_backward=False):
+        return torch.nn.functional.cross_entropy(x @ weight.T, target, ignore_index=ignore_index, reduction=reduction)
+
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+    setattr(sys.modules[module], function, locals()[function])
+    inputs = HeadInputs(SHAPE)
+    for variant in (inputs.all_rows(head), inputs.gathered(head)):
+        assert error_against(inputs.exact(), inputs.backward(variant)) < 1e-5
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_scale_gpu_is_planned_and_its_cases_compute(monkeypatch, quick):
+    """Every case that `--scale gpu` plans, shrunk and on this CPU: its shape's fields, races and device words hold."""
+    names = list(suite.FAMILIES)
+    todo = suite.planned(names, "gpu", quick)
+    assert {name for name, _ in todo} == ({"linear_step_logps"} if quick else {"linear_step_logps", "step_logps"})
+    small = {"T": 32, "V": 101, "device": "cpu"}
+    shrunk = {(name, replace(case, **small, **({"D": 16} if hasattr(case, "D") else {}))) for name, case in todo}
+    assert all(case.device == "cuda" and RATES.floor_ms(case.work) > 0 for _, case in todo)
+    for name, case in shrunk:
+        assert all(result.medians for result in suite.FAMILIES[name].run(case, RATES, rounds=3))
 
 
 def test_pairs_fill_whole_batches():

@@ -176,15 +176,29 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu")
         kept = function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20, kept
-    _memory.pool().clear()  # a buffer kept from before would not count as extra
-    if not STATM.exists():
-        return float("nan"), function()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-    with _Sampler() as sampler:
+    with Weigh() as weigh:
         kept = function()
-    return sampler.extra / 2**20, kept
+    return weigh.mebibytes, kept
+
+
+class Weigh:
+    """Peak MiB of the resident set while the block runs, above what was there before; NaN without /proc."""
+
+    def __enter__(self) -> Weigh:
+        _memory.pool().clear()  # a buffer kept from before would not count as extra
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
+        self.sampler = _Sampler().__enter__() if STATM.exists() else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.sampler is not None:
+            self.sampler.__exit__()
+
+    @property
+    def mebibytes(self) -> float:
+        return float("nan") if self.sampler is None else self.sampler.extra / 2**20
 
 
 class _Sampler:

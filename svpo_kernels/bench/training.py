@@ -1,7 +1,8 @@
 """Whole training steps on step trees, four ways: TRL's DPOTrainer, and our trainer on pairs, distinct, packed.
 
 All four train the same pairs with the same loss, optimizer and starting weights, all pairs a step, so that their loss
-curves lie on each other; `run` raises when they do not. TRL is at its best setting: reference log-probs computed once
+curves lie on each other; `run` raises when they do not. They take their steps in turn, so that a slow moment of the
+machine falls on all of them. TRL is at its best setting: reference log-probs computed once
 beforehand, as ours are, and its fused head. It gets token ids, so that every way trains the same sequences.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import svpo_kernels as sk
 from ..flops import model_cost
 from .machine import Rates, installed
 from .prm import make_model
-from .race import Result, peak_memory
+from .race import Result, Weigh
 from .trees import TreeShape, build
 
 FAMILY = "training"
@@ -62,6 +64,15 @@ class Ran:
     mebibytes: float = 0.0
 
 
+@dataclass
+class Way:
+    """A trainer that is ready to train, what it leaves, and what completes that afterwards."""
+
+    trainer: Any
+    ran: Ran
+    conclude: Callable[[Ran], None]
+
+
 def cases(scale: str) -> list[TrainingCase]:
     if scale == "tiny":
         return [whole(TrainingCase("a tree of depth 2, 2 children", *build(TreeShape(2, 2, (4, 8), 10)), steps=2,
@@ -84,17 +95,17 @@ def whole(case: TrainingCase) -> TrainingCase:
 
 def run(case: TrainingCase, rates: Rates, **_: Any) -> Iterator[Result]:
     """Seconds and memory of an optimizer step, then tokens and FLOPs, of every way."""
-    found: dict[str, Ran] = {}
+    ways: dict[str, Way] = {}
     skipped = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers, none of ours
         if installed("trl") and installed("datasets"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers, none of ours
-                found[TRL] = run_trl(case, Path(folder))
+            ways[TRL] = trl_way(case, Path(folder))
         else:
             skipped[TRL] = "trl or datasets is not installed"
         for name, packing in WAYS.items():
-            found[name] = run_ours(case, packing, Path(folder))
+            ways[name] = our_way(case, packing, Path(folder))
+        found = train_in_turn(ways)
     curves = {name: ran.losses for name, ran in found.items()}
     apart = max(abs(a - b) for own in curves.values() for a, b in zip(own, curves[PACKED], strict=True))
     if not apart <= AGREE:
@@ -115,16 +126,67 @@ def run(case: TrainingCase, rates: Rates, **_: Any) -> Iterator[Result]:
         yield Result(f"{step}, {counted}", PACKED, unit, counts, **{**about, "note": f"packed saves {saved}"})
 
 
-def steps_of(ran: Ran) -> Any:
-    """A callback that keeps the seconds and the loss of every optimizer step."""
+class Turns:
+    """One thread works, the others wait: `give` hands on to the next and returns when the turn is back."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.queue, self.changed = list(names), threading.Condition()
+
+    def take(self, name: str) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.queue[0] == name)
+
+    def give(self, name: str, leave: bool = False) -> None:
+        with self.changed:
+            self.queue.pop(0)
+            if not leave:
+                self.queue.append(name)
+            self.changed.notify_all()
+        if not leave:
+            self.take(name)
+
+
+def train_in_turn(ways: dict[str, Way]) -> dict[str, Ran]:
+    """Train every way, a step of each after the other. A trainer's loop is its own, so each has a thread."""
+    turns, failures = Turns(list(ways)), []
+
+    def train(name: str, way: Way) -> None:
+        turns.take(name)
+        try:
+            way.trainer.add_callback(steps_of(way.ran, lambda: turns.give(name)))
+            way.trainer.train()
+            way.conclude(way.ran)
+        except BaseException as error:  # it is raised below: what ends a thread is only printed
+            failures.append(error)
+        finally:
+            turns.give(name, leave=True)
+
+    threads = [threading.Thread(target=train, args=item, daemon=True) for item in ways.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return {name: way.ran for name, way in ways.items()}
+
+
+def steps_of(ran: Ran, wait: Callable[[], None]) -> Any:
+    """A callback that waits before every optimizer step, keeps its seconds and loss, and the first one's memory."""
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            wait()
+            # The first step makes gradients and optimizer state too; emptying the pool later would slow ours down.
+            self.weigh = None if ran.seconds else Weigh().__enter__()
             self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ran.seconds.append(time.perf_counter() - self.began)
+            if self.weigh is not None:
+                self.weigh.__exit__()
+                ran.mebibytes = self.weigh.mebibytes
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
@@ -133,7 +195,7 @@ def steps_of(ran: Ran) -> Any:
     return Steps()
 
 
-def run_ours(case: TrainingCase, packing: str, folder: Path) -> Ran:
+def our_way(case: TrainingCase, packing: str, folder: Path) -> Way:
     """Our trainer. Padded batches hold what TRL's do: eight pairs of the longest sequences."""
     from ..trainer import StepModel, SVPOTrainer, TrainData, load_config
     from ..trainer.run import quiet
@@ -144,21 +206,22 @@ def run_ours(case: TrainingCase, packing: str, folder: Path) -> Ran:
     config = load_config(None, output_dir=str(folder / packing), preset="step_dpo", beta=0.1, packing=packing,
                          max_tokens="auto" if packing == "tree" else str(2 * BATCH * longest), pairs_per_step=P,
                          max_steps=case.steps, **SETTINGS)
-    ran = Ran()
     model = StepModel(make_model(case.vocab, case.hidden), value_head=False)
-    trainer = SVPOTrainer(model, config, TrainData(list(case.trees), list(case.pairs)), callbacks=[steps_of(ran)])
+    trainer = SVPOTrainer(model, config, TrainData(list(case.trees), list(case.pairs)))
     _quieten(trainer)
-    ran.mebibytes, _ = peak_memory(trainer.train)
-    cost = model_cost(model.config)
-    for pack in trainer.planner.packs(0, 0):
-        batch = pack["batch"]
-        B, L = batch.input_ids.shape
-        ran.tokens += B * L
-        ran.flops += cost.training(B * L, batch.plan.rows.shape[0], {None: B * L * L})
-    return ran
+
+    def conclude(ran: Ran) -> None:
+        cost = model_cost(model.config)
+        for pack in trainer.planner.packs(0, 0):
+            batch = pack["batch"]
+            B, L = batch.input_ids.shape
+            ran.tokens += B * L
+            ran.flops += cost.training(B * L, batch.plan.rows.shape[0], {None: B * L * L})
+
+    return Way(trainer, Ran(), conclude)
 
 
-def run_trl(case: TrainingCase, folder: Path) -> Ran:
+def trl_way(case: TrainingCase, folder: Path) -> Way:
     """TRL's own trainer on pairs, handed token ids: no tokenizer stands between the two."""
     import trl
     from datasets import Dataset, disable_progress_bars
@@ -182,8 +245,7 @@ def run_trl(case: TrainingCase, folder: Path) -> Ran:
         gradient_checkpointing=False, **SETTINGS)
     ran = Ran()
     model = make_model(case.vocab, case.hidden)
-    trainer = OnIds(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(),
-                    callbacks=[steps_of(ran)])
+    trainer = OnIds(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer())
     _quieten(trainer)
     cost = model_cost(model.config)
 
@@ -193,10 +255,12 @@ def run_trl(case: TrainingCase, folder: Path) -> Ran:
         ran.flops += cost.training(B * L, B * (L - 1), {None: B * L * L})  # without Triton its head runs over all rows
 
     hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
-    ran.mebibytes, _ = peak_memory(trainer.train)
-    hook.remove()
-    ran.tokens, ran.flops = ran.tokens // case.steps, ran.flops // case.steps
-    return ran
+
+    def conclude(ran: Ran) -> None:
+        hook.remove()
+        ran.tokens, ran.flops = ran.tokens // case.steps, ran.flops // case.steps
+
+    return Way(trainer, ran, conclude)
 
 
 def _quieten(trainer: Any) -> None:
