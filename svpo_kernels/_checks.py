@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from typing import NoReturn
 
 import numpy as np
@@ -84,6 +85,11 @@ def require_size(op: str, argument: str, value: object) -> None:
         fail(op, argument, "an int", describe(value), TypeError)
     if value < 0:
         fail(op, argument, ">= 0", value)
+
+
+def is_integer(value: object) -> bool:
+    """A Python or numpy integer; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require_positive(op: str, argument: str, value: float) -> None:

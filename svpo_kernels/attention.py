@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import FLOATS, INTEGERS, fail, require_choice
+from ._checks import FLOATS, INTEGERS, can_look, fail, require_choice
 
 KINDS = {"sdpa": "dense", "eager": "additive", "flex_attention": "block"}  # attention implementation -> mask
 PACKABLE = ("full_attention", "sliding_attention")
@@ -46,13 +46,17 @@ def tree_attention_mask(subtree_end: Tensor, kind: str = "dense", *, window: int
     "block", a FlexAttention BlockMask (its backward needs CUDA). window: a token sees those less than `window` before
     it, itself included, counted in position_ids, (T,) or (1, T). Every token sees itself, so no row is empty.
 
-    Raises ValueError or TypeError for bad shapes, dtypes or kinds, and for a window without position_ids.
+    Raises ValueError or TypeError for bad shapes, dtypes or kinds, and for a window without position_ids, IndexError
+    for a subtree_end on the CPU that leaves out its own token or passes T.
     """
     op = "tree_attention_mask"
     require_choice(op, "kind", kind, ("dense", "additive", "block"))
     if not isinstance(subtree_end, Tensor) or subtree_end.dtype not in INTEGERS or subtree_end.dim() != 1:
         fail(op, "subtree_end", "a (T,) integer tensor", subtree_end, TypeError)
     T, device = subtree_end.shape[0], subtree_end.device
+    if can_look(subtree_end) and bool(((subtree_end <= torch.arange(T, device=device)) | (subtree_end > T)).any()):
+        fail(op, "subtree_end", f"above each token's own index and at most T = {T}", f"{subtree_end.tolist()[:8]}",
+             IndexError)
     if dtype is not None and (kind != "additive" or dtype not in FLOATS):
         fail(op, "dtype", "a floating dtype, with kind='additive' only", f"{dtype} with kind={kind!r}")
     if window is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import fail, require_choice
+from ._checks import fail, is_integer, require_choice
 from .cuts import Sizes, cut
 from .plan import StepPlan, as_index
 from .trees import StepTree, as_pairs
@@ -69,7 +69,7 @@ def pack_trees(trees: Sequence[StepTree], pairs: Sequence[Any], *, max_tokens: i
     Raises ValueError, TypeError or IndexError for bad arguments, and ValueError naming tree, pair and tokens for one
     pair that needs more than max_tokens.
     """
-    if not isinstance(max_tokens, int) or max_tokens < 1:
+    if not is_integer(max_tokens) or max_tokens < 1:
         fail("pack_trees", "max_tokens", "an int >= 1", max_tokens)
     request = Request("pack_trees", trees, pairs, values, sft)
     packs = cut(request.trie, request.items, max_tokens)
@@ -131,8 +131,7 @@ class Request:
         self.op = op
         self.trees = _list_of_trees(op, trees)
         require_choice(op, "values", values, VALUES)
-        if len(pairs) != len(self.trees):
-            fail(op, "pairs", f"one (P, 2) per tree, {len(self.trees)}", f"{len(pairs)}")
+        _one_per_tree(op, "pairs", pairs, "one (P, 2) per tree", self.trees)
         each = [as_pairs(op, tree, own, t) for t, (tree, own) in enumerate(zip(self.trees, pairs, strict=True))]
         self.trie = Trie(self.trees)
         base = np.array(self.trie.base, dtype=np.int64)
@@ -163,8 +162,7 @@ class Request:
     def _sft(self, sft: Any) -> np.ndarray:
         if sft is None:
             return np.zeros(0, dtype=np.int64)
-        if len(sft) != len(self.trees):
-            fail(self.op, "sft", f"one list of nodes per tree, {len(self.trees)}", f"{len(sft)}")
+        _one_per_tree(self.op, "sft", sft, "one list of nodes per tree", self.trees)
         numbers: list[int] = []
         for t, nodes in enumerate(sft):
             nodes = as_index(self.op, f"sft[{t}]", nodes).reshape(-1).tolist()
@@ -290,3 +288,10 @@ def _list_of_trees(op: str, trees: Any) -> list[StepTree]:
         if not isinstance(tree, StepTree):
             fail(op, f"trees[{t}]", "a StepTree", f"a {type(tree).__name__}", TypeError)
     return list(trees)
+
+
+def _one_per_tree(op: str, argument: str, given: Any, what: str, trees: list[StepTree]) -> None:
+    if not hasattr(given, "__len__"):
+        fail(op, argument, f"{what}, {len(trees)}", f"a {type(given).__name__}", TypeError)
+    if len(given) != len(trees):
+        fail(op, argument, f"{what}, {len(trees)}", f"{len(given)}")

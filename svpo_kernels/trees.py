@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import combinations
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import fail, require_choice
+from ._checks import describe, fail, is_integer, require_choice
 from .plan import as_index
 
 RULES = ("best_worst", "top_bottom", "all")
@@ -33,7 +34,8 @@ class StepNode:
     q_value: in [-1, 1], None = unknown. terminal: the step ends a solution. visits, prior: as the search left them.
     ref_logp: log-probability of the step under the reference model, in nats.
 
-    Raises ValueError for a q_value outside [-1, 1], both forms of ids at once, or path_ids without start.
+    Raises ValueError for a q_value outside [-1, 1], both forms of ids at once, or path_ids without start, TypeError
+    for a parent or q_value that is no number.
     """
 
     parent: int
@@ -49,6 +51,10 @@ class StepNode:
     text: str | None = None
 
     def __post_init__(self) -> None:
+        if not is_integer(self.parent):
+            fail("StepNode", "parent", "an integer, -1 for the prompt", describe(self.parent), TypeError)
+        if self.q_value is not None and (isinstance(self.q_value, bool) or not isinstance(self.q_value, Real)):
+            fail("StepNode", "q_value", "a number or None", describe(self.q_value), TypeError)
         if self.q_value is not None and not -1 <= self.q_value <= 1:  # NaN is outside too
             fail("StepNode", "q_value", "in [-1, 1] or None", self.q_value)
         if self.token_ids is not None and self.path_ids is not None:
@@ -163,13 +169,15 @@ def select_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0,
     first), and so do equal pairs under parents of equal text; nodes without text are compared by ids. same_kind: the
     rule is applied to terminal and to inner siblings apart.
 
-    Raises ValueError for an unknown rule, a negative min_gap or max_pairs.
+    Raises ValueError for an unknown rule, min_gap or max_pairs that are no numbers >= 0, TypeError for no StepTree.
     """
     require_choice("select_pairs", "rule", rule, RULES)
-    if not min_gap >= 0:
-        fail("select_pairs", "min_gap", ">= 0", min_gap)
-    if max_pairs is not None and max_pairs < 0:
-        fail("select_pairs", "max_pairs", ">= 0 or None", max_pairs)
+    if not isinstance(tree, StepTree):
+        fail("select_pairs", "tree", "a StepTree", f"a {type(tree).__name__}", TypeError)
+    if not isinstance(min_gap, Real) or not min_gap >= 0:
+        fail("select_pairs", "min_gap", "a number >= 0", describe(min_gap))
+    if max_pairs is not None and (not is_integer(max_pairs) or max_pairs < 0):
+        fail("select_pairs", "max_pairs", "an int >= 0 or None", max_pairs)
     q = [node.q_value for node in tree.nodes]
     same = _text_keys(tree)
     found: dict[tuple[int, int], tuple[int, int]] = {}

@@ -88,6 +88,8 @@ def test_no_token():
     (dict(subtree_end=[1, 2]), TypeError, r"subtree_end must be a \(T,\) integer tensor, got list"),
     (dict(subtree_end=torch.ones(2)), TypeError, r"subtree_end must be .* got \(2,\) float32 on cpu"),
     (dict(subtree_end=torch.ones(1, 2, dtype=torch.int64)), TypeError, r"subtree_end must be .* got \(1, 2\) int64"),
+    (dict(subtree_end=torch.tensor([2, 3])), IndexError, r"subtree_end must be above each .* T = 2, got \[2, 3"),
+    (dict(subtree_end=torch.tensor([2, 1])), IndexError, r"subtree_end must be above each .* T = 2, got \[2, 1"),
     (dict(window=0), ValueError, "window must be >= 1 or None"),
     (dict(window=4), ValueError, "position_ids must be given with a window"),
     (dict(window=4, position_ids=torch.arange(3)), ValueError, r"position_ids must be \(T,\) or \(1, T\) with T = 2"),

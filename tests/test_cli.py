@@ -117,6 +117,31 @@ def test_data_names_a_bad_row(tmp_path):
     assert stopped.exit_code == 1 and "bad.jsonl:2" in stopped.output.replace("\n", "")
 
 
+def test_data_that_leave_no_row_end_in_an_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a data file\n" * 400)
+    result = invoke("data", tmp_path / "notes.txt")
+    assert result.exit_code == 1 and result.output.startswith("error: ") and result.output.count("\n") == 1
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "chosen": 3, "rejected": "b"}))
+    result = invoke("data", tmp_path / "bad.jsonl")
+    assert result.exit_code == 1 and "1 read = 0 kept + 0 truncated + 1 dropped" in result.output
+    assert "error: no row is left to train on" in result.output
+
+
+@pytest.mark.parametrize("words, message", [
+    (["min_gap=5"], "rstar_pairs.json has no pair"),
+    (["backend=triton"], "config: backend: linear_step_logps: backend 'triton' cannot run this call"),
+    (["ref_model_name_or_path=./nowhere"], "config: ref_model_name_or_path: there is no directory ./nowhere"),
+])
+def test_what_cannot_train_ends_before_it_starts(shared_data, tiny_model, tmp_path, words, message):
+    file = "aps_trees.jsonl" if words == ["min_gap=5"] else "rstar_pairs.json"
+    settings = dict(model_name_or_path=str(tiny_model), train_file=str(shared_data / file), use_cpu=True,
+                    output_dir=str(tmp_path / "out"))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = invoke("train", tmp_path / "run.yaml", *words)
+    assert result.exit_code == 1 and message.replace("rstar_pairs.json", file) in result.output, result.output
+    assert "Traceback" not in result.output and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_a_tokenizer_that_is_not_there_ends_in_its_message(shared_data):
     result = invoke("data", shared_data / "aps_trees.jsonl", "--tokenizer", "no/such-model")
     assert result.exit_code == 1 and result.output.startswith("error: ") and "Traceback" not in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pytest
 import tokenizers_
@@ -38,6 +39,18 @@ def test_unknown_format(tmp_path):
         f"{path}:1: unknown format: the row has the keys query, response; looked for nested_tree: "
     )
     assert all(f"{f.name}: {f.describe_keys()}" in text for f in FORMATS.values())
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"prompt,chosen\na,b\n", r"none of its 2 rows can be read \(line 1: not JSON: Expecting value at column 1\)"),
+    (b"\0\0", r"its only row cannot be read \(line 1: not JSON: Expecting value at column 1\)"),
+    (b"[1, 2]", r"none of its 2 rows can be read \(line 1: a row must be a JSON object, got int 1\)"),
+])
+def test_a_file_without_any_row_of_a_known_format_is_one_error(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: {message}; read are JSONL.* trl_pairs: prompt, "):
+        load(path)
 
 
 def test_two_formats_in_one_row(tmp_path):

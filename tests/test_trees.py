@@ -60,6 +60,11 @@ def test_a_deep_tree_does_not_recurse():
 @pytest.mark.parametrize("make, error, message", [
     (lambda: StepNode(-1, [1], 1.5), ValueError, r"StepNode: q_value must be in \[-1, 1\] or None, got float 1.5"),
     (lambda: StepNode(-1, [1], float("nan")), ValueError, "q_value must be in"),
+    (lambda: StepNode(-1, [1], "0.5"), TypeError, "StepNode: q_value must be a number or None, got str '0.5'"),
+    (lambda: StepNode(-1, [1], True), TypeError, "q_value must be a number or None, got bool True"),
+    (lambda: StepNode(None, [1]), TypeError, "StepNode: parent must be an integer, -1 for the prompt, got None"),
+    (lambda: StepNode(0.0, [1]), TypeError, "parent must be an integer, -1 for the prompt, got float 0.0"),
+    (lambda: select_pairs([[1]]), TypeError, "select_pairs: tree must be a StepTree, got a list"),
     (lambda: StepNode(-1, [1], path_ids=[1], start=0), ValueError, "token_ids must be None when path_ids is given"),
     (lambda: StepNode(-1, path_ids=[1, 2]), ValueError, "start must be given together with path_ids, got None"),
     (lambda: StepNode(-1, [1], start=3), ValueError, "start must be given together with path_ids, got int 3"),
@@ -161,9 +166,11 @@ def test_known_counts_of_the_real_trees(shared_data):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(rule="best"), "rule must be one of 'best_worst', 'top_bottom', 'all', got str 'best'"),
-    (dict(min_gap=-0.1), "min_gap must be >= 0"),
-    (dict(min_gap=float("nan")), "min_gap must be >= 0"),
-    (dict(max_pairs=-1), "max_pairs must be >= 0 or None"),
+    (dict(min_gap=-0.1), "min_gap must be a number >= 0"),
+    (dict(min_gap=float("nan")), "min_gap must be a number >= 0"),
+    (dict(min_gap="wide"), "min_gap must be a number >= 0, got str 'wide'"),
+    (dict(max_pairs=-1), "max_pairs must be an int >= 0 or None"),
+    (dict(max_pairs=1.5), "max_pairs must be an int >= 0 or None, got float 1.5"),
 ])
 def test_bad_selections(arguments, message):
     with pytest.raises(ValueError, match="select_pairs: " + message):

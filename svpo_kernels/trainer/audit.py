@@ -152,13 +152,13 @@ def _describe(data: DataFile, ledger: Ledger, examples: list[Example], settings:
     nodes = [node for example in examples for node in example.tree.nodes]
     values = [node.q_value for node in nodes if node.q_value is not None]
     found = data.format
-    terminal = "" if found is None else found.terminal
+    terminal = found.terminal
     if data.options.terminal == "leaf" and terminal.startswith("a leaf that states"):
         terminal = "every leaf"
     return Report(
         path=data.path,
-        format="unknown" if found is None else f"{found.name} ({found.title})",
-        keys="" if found is None else found.describe_keys(),
+        format=f"{found.name} ({found.title})",
+        keys=found.describe_keys(),
         scale="none: the rows hold pairs, not values"
         if data.scale is None
         else f"{data.scale.describe()}; gaps are measured on [-1, 1]",

@@ -97,6 +97,7 @@ def data(
     from rich.console import Console
 
     from . import audit
+    from .data import DataError
 
     with errors_in_one_line():
         loaded = None
@@ -113,6 +114,8 @@ def data(
             step_separator=step_separator.replace("\\n", "\n").replace("\\t", "\t"),
         )
         audit.render(result, Console())
+        if not result.trees:
+            raise DataError("no row is left to train on")
 
 
 @app.command()

@@ -38,6 +38,7 @@ CHOICES = {
     "peft": ("none", "lora"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
     "on_bad": ("skip", "error"),
+    "backend": ("auto", "cuda", "triton", "cpu", "reference"),
 }
 
 
@@ -159,12 +160,30 @@ class SVPOConfig(TrainingArguments):
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"config: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
-        for key in ("pairs_per_step", "gradient_accumulation_steps"):
-            if int(getattr(self, key)) < 1:
+        for key in ("pairs_per_step", "gradient_accumulation_steps", "logits_budget_mb", "max_path_tokens"):
+            if getattr(self, key) is not None and int(getattr(self, key)) < 1:
                 raise ConfigError(f"config: {key} must be at least 1, got {getattr(self, key)}")
+        if not self.min_gap >= 0:
+            raise ConfigError(f"config: min_gap must be at least 0, got {self.min_gap}")
+        if self.max_pairs is not None and self.max_pairs < 0:
+            raise ConfigError(f"config: max_pairs must be at least 0 or null, got {self.max_pairs}")
         presets = _presets()
         if self.preset not in presets:
             raise ConfigError(f"config: preset must be one of {', '.join(presets)}, got {self.preset!r}")
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """One call on one pair: what svpo_loss refuses ends the run here, before model, data and references."""
+        import torch
+
+        from svpo_kernels import svpo_loss
+
+        two = torch.zeros(2)
+        try:
+            svpo_loss(two, torch.tensor([[0, 1]]), values=two, value_targets=two, sft_steps=torch.tensor([0]),
+                      **self.loss_arguments())
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"config: {str(error).removeprefix('svpo_loss: ')}") from None
 
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `svpo_loss`: the preset's, with the keys that were set in this configuration on top."""
@@ -272,5 +291,6 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
         try:
             typed[key] = getattr(parser.parse_args(words), key)
         except ConfigError as error:
-            raise ConfigError(f"config: {key}: {str(error).removeprefix(f'argument --{key}: ')}") from None
+            what = str(error).partition(": ")[2] or str(error)  # argparse begins with the option's names
+            raise ConfigError(f"config: {key}: {what}") from None
     return typed

@@ -33,10 +33,10 @@ __all__ = ["DataFile", "EncodedData", "Example", "Issue", "Ledger", "encode", "l
 
 @dataclass
 class DataFile:
-    """A file as text trees. format and scale are None only when the file has no row that could be read."""
+    """A file as text trees. scale is None for a format whose rows hold no values."""
 
     path: str
-    format: Format | None
+    format: Format
     scale: ValueScale | None
     records: list[Record]
     ledger: Ledger
@@ -99,7 +99,7 @@ def load(
     (all leaves do), for formats without a mark of their own. warn: log bad rows as they come up.
 
     Raises DataError (a ValueError) naming file and line for a bad row under on_bad="error", for a file of mixed or
-    unknown formats, for one without rows and for one that is not JSON; ValueError for a bad argument.
+    unknown formats, for one without rows and for one of which no row is JSON; ValueError for a bad argument.
     """
     wanted = _named_format(format)
     options = _options(wanted, value_range, on_bad, step_tag, terminal)
@@ -128,14 +128,13 @@ def load(
         raise DataError(
             f"{path}: no rows ({ledger.facts.container}, {len(ledger.facts.blank_lines)} blank lines)"
         )
-    if found is None and strangers:
-        raise DataError(_unknown(ledger.where(strangers[0].row, strangers[0].line), strangers[0]))
+    if found is None:
+        raise DataError(_unknown(ledger, strangers))
     for raw in strangers:
         detail = f"expected the keys of {found.title} ({found.describe_keys()}), got {_keys_of(raw)}"
         ledger.record("dropped", raw.row, raw.line, "missing key", detail, on_bad)
     ledger.issues.sort(key=lambda issue: issue.row)
-    scale = None if found is None else options.scale or found.scale
-    return DataFile(str(path), found, scale, records, ledger, options)
+    return DataFile(str(path), found, options.scale or found.scale, records, ledger, options)
 
 
 def _read_row(found: Format, raw: RawRow, options: ReadOptions, ledger: Ledger) -> Record:
@@ -187,9 +186,16 @@ def _mixed(path: str, first: Format, first_line: int, second: Format, second_lin
     )
 
 
-def _unknown(where: str, raw: RawRow) -> str:
+def _unknown(ledger: Ledger, strangers: list[RawRow]) -> str:
+    """Of a file without a row in a known format: its first row with other keys, or its first that is no object."""
     known = "; ".join(f"{f.name}: {f.describe_keys()}" for f in FORMATS.values())
-    return f"{where}: unknown format: the row has the keys {_keys_of(raw)}; looked for {known}"
+    if strangers:
+        where = ledger.where(strangers[0].row, strangers[0].line)
+        return f"{where}: unknown format: the row has the keys {_keys_of(strangers[0])}; looked for {known}"
+    first, rows = ledger.issues[0], "its only row" if ledger.read == 1 else f"none of its {ledger.read} rows"
+    verb = "cannot" if ledger.read == 1 else "can"
+    return (f"{ledger.path}: {rows} {verb} be read (line {first.line}: {first.detail}); read are JSONL, one object a "
+            f"line, and JSON with the keys of {known}")
 
 
 def encode(

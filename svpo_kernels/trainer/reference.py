@@ -20,12 +20,17 @@ from torch import nn
 
 from .sampler import EpochPlanner, TrainData
 
+NOT_THE_MODEL = ("transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")  # dtypes: below
 SAMPLE = 1 << 16  # elements of a tensor that enter the fingerprint, evenly spread
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of names, shapes, dtypes and an even sample of the elements of every parameter."""
+    """Hash of the config (RoPE, norms, softcap...) and of names, shapes, dtypes and an even sample of the elements of
+    every parameter."""
     digest = hashlib.blake2b(digest_size=16)
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    told = {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_THE_MODEL}
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from svpo_kernels import dispatch
 from svpo_kernels.trees import StepTree
 
 from . import checkpoint, report
@@ -41,11 +42,17 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def reads_pairs(config: SVPOConfig) -> bool:
+    """Whether any term of the loss is over pairs."""
+    loss = config.loss_arguments()
+    return loss.get("preference_weight", 1.0) != 0 or loss.get("rank_weight", 1.0) != 0
+
+
 def make_data(config: SVPOConfig, trees: list[StepTree], pairs: list[Any]) -> TrainData:
     """Trees and their pairs with the weights and SFT nodes that the configuration asks for."""
     loss = config.loss_arguments()
     pairs = [np.asarray(rows, np.int64).reshape(-1, 2) for rows in pairs]
-    if loss.get("preference_weight", 1.0) == 0 and loss.get("rank_weight", 1.0) == 0:
+    if not reads_pairs(config):
         pairs = [rows[:0] for rows in pairs]  # no term reads them: whole trees are the unit instead
     sft: list[np.ndarray] = []
     if loss.get("sft_weight", 0.0) > 0:
@@ -70,6 +77,9 @@ def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase,
                           same_kind=config.same_kind)
     data = make_data(config, encoded.trees, pairs)
     say(encoded.ledger.summary())
+    if not any(map(len, pairs)) and reads_pairs(config):
+        raise ConfigError(f"config: {path} has no pair of steps with a gap above min_gap = {config.min_gap:g} by "
+                          f"pair_rule {config.pair_rule}; `svpo data` shows the gaps")
     say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs")
     return data
 
@@ -120,6 +130,18 @@ def check_paths(config: SVPOConfig) -> None:
         path = getattr(config, key)
         if path and not os.path.isfile(path):
             raise ConfigError(f"config: {key}: there is no file {path}")
+    for key in ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path"):
+        path = getattr(config, key)
+        if path and (path.startswith((".", os.sep, "~")) or path.count("/") > 1) and not os.path.isdir(path):
+            raise ConfigError(f"config: {key}: there is no directory {path}")
+
+
+def check_backend(config: SVPOConfig) -> None:
+    """An explicit backend never falls back: say so before the data are read and the model is loaded."""
+    try:
+        dispatch.resolve("linear_step_logps", config.backend, torch.device(config.device.type), torch.float32)
+    except RuntimeError as error:
+        raise ConfigError(f"config: backend: {error}") from None
 
 
 def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
@@ -140,6 +162,7 @@ def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
 
     if lm is None or tokenizer is None:
         check_paths(config)
+    check_backend(config)
     resume = where_to_resume(config, say)
     transformers.set_seed(config.seed)
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer

@@ -96,10 +96,13 @@ class SVPOTrainer(SavingMixin, Trainer):
         return self.config.reference != "none" and (loss.get("preference_weight", 1.0) > 0 or implicit)
 
     def _resolved(self, data: TrainData, model: StepModel) -> PackSettings:
-        """The settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs."""
+        """The settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs, of the training and
+        the evaluation data the larger one; without pairs, by the longest path."""
         if self.settings.max_tokens == "auto":
-            tokens = flops.choose_max_tokens(data.trees, data.pairs, model.config)
-            self.settings = replace(self.settings, max_tokens=int(tokens))
+            every = [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]
+            tokens = [flops.choose_max_tokens(each.trees, each.pairs, model.config) if each.num_pairs else
+                      max(max(tree.length, default=1) for tree in each.trees) for each in every]
+            self.settings = replace(self.settings, max_tokens=int(max(tokens)))
         return self.settings
 
     # -- data -------------------------------------------------------------------------------------------------
