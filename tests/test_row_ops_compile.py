@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import BACKENDS, RowCase, make_predictions
@@ -13,10 +16,14 @@ D, V = 8, 37
 
 
 @pytest.fixture(autouse=True)
-def sizes_known_only_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting that linear_step_logps names for the tensor form under old versions; later ones need none."""
-    if torch.__version__ < "2.11":
-        monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+def sizes_known_only_at_run_time() -> Iterator[None]:
+    """The setting that linear_step_logps names for the tensor form under old versions; later ones need none.
+
+    Not by monkeypatch: pytest 9.2 deletes it afterwards, and dynamo then fails in every later test.
+    """
+    setting = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with setting if torch.__version__ < "2.11" else nullcontext():
+        yield
 
 
 def arguments(op: str, T: int, form: str, S: int = 5):
