@@ -62,7 +62,7 @@ SVPO_INLINE Vec transformed(Vec z0, const Transform& t) {
 }
 
 // From here on (2^30) fp32 numbers are 64 apart: beside a maximum like that only its equals count.
-inline bool huge(float m) { return fabs(m) >= 1073741824.0; }
+inline bool huge(float m) { return __builtin_fabsf(m) >= 1073741824.0f; }
 
 // Base-2 exponent of x against a maximum, high x + low x - m2: m2 is m * log2(e) in fp32, `fix` what its rounding and
 // that of `high` cost.
@@ -75,8 +75,8 @@ inline Reference reference(const Transform& t, float m) {
   if (huge(m)) {  // m2 would be off by more than fp32 powers reach: m itself, or shrunk to 128 ... 256, is not
     if (t.mode == kPlain) return {1.0f, 0.0f, -m, 1.0, 0.0};
     int exponent;
-    frexp(m, &exponent);
-    const double shrink = ldexp(1.0, 8 - exponent);
+    __builtin_frexp(static_cast<double>(m), &exponent);
+    const double shrink = __builtin_ldexp(1.0, 8 - exponent);
     const float half = static_cast<float>(0.5 * t.scale * shrink);
     return {half, half, -static_cast<float>(m * shrink), 1.0, 0.0};
   }
