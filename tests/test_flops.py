@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import tiny_models
 import tiny_trees
@@ -118,6 +121,9 @@ def test_choose_max_tokens_finds_the_least_flops():
     cost = {size: count_flops(config, sk.pack_trees(trees, pairs, max_tokens=size)).packed
             for size in (chosen, 300, 600, 1200, 2400, 5000, 10**6)}
     assert cost[chosen] == min(cost.values()) and cost[10**6] > 1.2 * cost[chosen]
+    for same in (copy.copy(chosen), copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))):
+        assert isinstance(same, int) and same == chosen and same.price == chosen.price
+        assert count_flops(config, sk.pack_trees(trees, pairs, max_tokens=same)).packed == cost[chosen]
     config._attn_implementation = "flex_attention"  # nothing is attended in vain: one pack
     assert len(sk.pack_trees(trees, pairs, max_tokens=choose_max_tokens(trees, pairs, config))) == 1
     with pytest.raises(ValueError, match="choose_max_tokens: pairs must be at least one pair, got none"):
@@ -147,6 +153,21 @@ def test_flops_saved_on_the_real_trees(real, config):
     exact = count_flops(config, sk.pack_trees(*real, max_tokens=10**6), "exact").saved
     assert dense[0] >= 0.76 and dense[1] >= 0.40
     assert exact[0] >= 0.79 and exact[1] >= 0.47
+
+
+def test_flops_saved_by_a_tiny_model_on_the_real_trees(real):
+    config = hf.LlamaConfig(**{**TINY, "hidden_size": 768, "intermediate_size": 2064, "num_attention_heads": 12})
+    saved = count_flops(config, sk.pack_trees(*real, max_tokens=choose_max_tokens(*real, config))).saved
+    assert saved[0] >= 0.70 and saved[1] >= 0.25
+
+
+def test_little_trees_share_a_pack_where_the_wider_mask_costs_little():
+    trees = [sk.StepTree([t, 1, 2], [sk.StepNode(-1, [3, t], 0.5), sk.StepNode(-1, [4, t], -0.5)]) for t in range(40)]
+    pairs = [sk.select_pairs(tree, "all") for tree in trees]
+    packs = sk.pack_trees(trees, pairs, max_tokens=choose_max_tokens(trees, pairs, hf.LlamaConfig(**LLAMA_8B)))
+    assert len(packs) == 1
+    packs = sk.pack_trees(trees, pairs, max_tokens=choose_max_tokens(trees, pairs, hf.LlamaConfig(**TINY)))
+    assert 1 < len(packs) < len(trees)
 
 
 @pytest.mark.parametrize("shape", [TINY, LLAMA_8B], ids=["tiny", "8b"])

@@ -12,6 +12,7 @@ import torch
 
 import svpo_kernels as sk
 from svpo_kernels import StepNode, StepTree, distinct_batch, pack_trees, select_pairs
+from svpo_kernels.cuts import MaxTokens, Price
 from svpo_kernels.packing import empty_batch
 
 NOW = 10**6
@@ -93,7 +94,7 @@ def sequences(trees, pairs, values="pairs"):
     return runs
 
 
-@pytest.mark.parametrize("max_tokens", [60, 90, 150, 400])
+@pytest.mark.parametrize("max_tokens", [60, 90, 150, 400, MaxTokens(10**6, Price(1 / 300, 4.0))])
 @pytest.mark.parametrize("values", ["pairs", "path", "all"])
 def test_the_cut_loses_and_repeats_nothing(max_tokens, values):
     trees, pairs = forest(7)

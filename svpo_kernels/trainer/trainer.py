@@ -102,7 +102,7 @@ class SVPOTrainer(SavingMixin, Trainer):
             every = [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]
             tokens = [flops.choose_max_tokens(each.trees, each.pairs, model.config) if each.num_pairs else
                       max(max(tree.length, default=1) for tree in each.trees) for each in every]
-            self.settings = replace(self.settings, max_tokens=int(max(tokens)))
+            self.settings = replace(self.settings, max_tokens=max(tokens))
         return self.settings
 
     # -- data -------------------------------------------------------------------------------------------------
