@@ -37,6 +37,22 @@ def test_metric_names_and_saved_compute(tmp_path):
     assert trainer.state.total_flos > 0
 
 
+@pytest.mark.parametrize("max_tokens", [4096, 150])
+@pytest.mark.parametrize("packing", ["pairs", "distinct"])
+def test_padding_is_counted_in_neither_tokens_nor_flops(tmp_path, packing, max_tokens):
+    trainer = make_trainer(tmp_path, packing=packing, max_tokens=max_tokens)
+    batches = [pack["batch"] for pack in trainer.planner.packs(0, 0)]
+    padded, run = sum(b.input_ids.numel() for b in batches), sum(int(b.lengths.sum()) for b in batches)
+    naive = sum(b.pairwise_tokens for b in batches)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert padded > run and log["compute/saved"] == pytest.approx(1 - run / naive, abs=1e-12)
+    if packing == "pairs":
+        assert log["compute/saved"] == log["compute/saved_flops"] == 0
+    else:
+        assert min(log["compute/saved"], log["compute/saved_flops"]) > 0.3
+
+
 def test_metrics_over_a_window_are_means_over_pairs(tmp_path):
     """Two steps of unequal size logged together: the mean over all their pairs, not of the two means."""
     kept = dict(learning_rate=0.0, pairs_per_step=20)

@@ -264,7 +264,7 @@ class SVPOTrainer(SavingMixin, Trainer):
         with torch.no_grad():
             add_pack(sums, {**pack, "batch": batch}, out, logps, outputs["values"])
         counted = self._count_flops(pack)
-        sums.add(tokens=batch.input_ids.numel(), pairwise_tokens=batch.pairwise_tokens, flops=counted[0],
+        sums.add(tokens=_tokens(pack), pairwise_tokens=batch.pairwise_tokens, flops=counted[0],
                  pairwise_flops=counted[1])
         return out, outputs
 
@@ -351,6 +351,13 @@ class SVPOTrainer(SavingMixin, Trainer):
 def _only(items: list[Any]) -> Any:
     """The one item of a loader whose batch size is 1."""
     return items[0]
+
+
+def _tokens(pack: dict[str, Any]) -> int:
+    """Tokens of a pack as its FLOPs are counted: without padding, which packs have none of."""
+    batch = pack["batch"]
+    return {"tree": batch.input_ids.numel(), "distinct": batch.distinct_tokens,
+            "pairs": batch.pairwise_tokens}[pack["packing"]]
 
 
 class _EpochSetter(TrainerCallback):
