@@ -165,6 +165,8 @@ class Request:
         _one_per_tree(self.op, "sft", sft, "one list of nodes per tree", self.trees)
         numbers: list[int] = []
         for t, nodes in enumerate(sft):
+            if nodes is None:
+                fail(self.op, f"sft[{t}]", "node indices, [] for none", "None", TypeError)
             nodes = as_index(self.op, f"sft[{t}]", nodes).reshape(-1).tolist()
             for i in nodes:
                 if not 0 <= i < len(self.trees[t]):

@@ -7,13 +7,14 @@ text adds to the tokens that all children of its parent keep of the parent's pat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ._checks import fail
 from .trees import StepNode, StepTree
 
 OP = "tree_from_text"
+FIELDS = tuple(field.name for field in fields(StepNode) if field.name not in ("token_ids", "path_ids", "start"))
 
 
 def tree_from_text(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], nodes: Iterable[Any], *,
@@ -28,9 +29,17 @@ def tree_from_text(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], no
     every step down to it, tokenised in one call. With eos, the path of a terminal node then ends in the EOS id.
     Children of one parent start after the longest prefix of the parent's tokens that all of them keep.
 
-    Raises ValueError for messages without a chat template, a terminal node with eos and no EOS token, a node without
-    text or whose text adds no token, and what StepTree refuses.
+    Raises ValueError for messages without a chat template, a terminal node with eos and no EOS token, a node with a
+    missing or unknown field or whose text adds no token, and what StepNode and StepTree refuse; TypeError for an
+    argument or a text of another type.
     """
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        fail(OP, "tokenizer", "a Hugging Face tokenizer", tokenizer, TypeError)
+    if not isinstance(nodes, Iterable):
+        fail(OP, "nodes", "StepNodes or mappings with their fields", nodes, TypeError)
+    for argument, text in (("step_separator", step_separator), ("step_end", step_end)):
+        if not isinstance(text, str):
+            fail(OP, argument, "a string", text, TypeError)
     nodes = [_as_node(i, node) for i, node in enumerate(nodes)]
     if eos and tokenizer.eos_token_id is None and any(node.terminal for node in nodes):
         fail(OP, "eos", "False for a tokenizer without an EOS token", eos)
@@ -54,6 +63,9 @@ def tree_from_text(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], no
 
 def prompt_as_text(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> tuple[str, bool]:
     """The prompt's text, and whether the tokenizer is still to add its special tokens in front."""
+    messages = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
+    if not messages and not isinstance(prompt, str):
+        fail(OP, "prompt", "text or chat messages", prompt, TypeError)
     if getattr(tokenizer, "chat_template", None) is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
@@ -64,7 +76,7 @@ def prompt_as_text(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) ->
 
 def _as_node(i: int, node: Any) -> StepNode:
     if isinstance(node, Mapping):
-        node = StepNode(**node)
+        node = _from_fields(i, node)
     if not isinstance(node, StepNode):
         fail(OP, f"nodes[{i}]", "a StepNode or a mapping with its fields", node, TypeError)
     if not isinstance(node.text, str):
@@ -72,6 +84,18 @@ def _as_node(i: int, node: Any) -> StepNode:
     if node.token_ids is not None or node.path_ids is not None:
         fail(OP, f"nodes[{i}]", "text without ids (ids are never re-tokenised; use StepTree)", "both")
     return node
+
+
+def _from_fields(i: int, node: Mapping[str, Any]) -> StepNode:
+    if "parent" not in node:
+        fail(OP, f"nodes[{i}]", "a mapping with a parent, -1 for the prompt", f"the fields {', '.join(map(str, node))}")
+    for name in node:
+        if name not in FIELDS:
+            fail(OP, f"nodes[{i}]", f"a mapping with fields of {', '.join(FIELDS)}", f"the field {name!r}")
+    try:
+        return StepNode(**node)
+    except (ValueError, TypeError) as error:  # StepNode does not know which one it is
+        raise type(error)(f"{OP}: nodes[{i}].{str(error).removeprefix('StepNode: ')}") from None
 
 
 def _tokenize(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:

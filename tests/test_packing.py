@@ -253,6 +253,7 @@ ONE = StepTree([1, 2], [StepNode(-1, [3, 4, 5], 1.0), StepNode(-1, [6], -1.0), S
     (dict(trees=[[1]]), TypeError, r"trees\[0\] must be a StepTree, got a list"),
     (dict(max_tokens=True), ValueError, "max_tokens must be an int >= 1, got bool True"),
     (dict(pairs=3), TypeError, r"pairs must be one \(P, 2\) per tree, 1, got a int"),
+    (dict(sft=[None]), TypeError, r"sft\[0\] must be node indices, \[\] for none, got None"),
     (dict(sft=3), TypeError, "sft must be one list of nodes per tree, 1, got a int"),
     (dict(pairs=[]), ValueError, r"pairs must be one \(P, 2\) per tree, 1, got 0"),
     (dict(pairs=[[0, 1]]), ValueError, r"pairs\[0\] must be \(P, 2\) node indices, got \(2,\) int64 on cpu"),

@@ -160,6 +160,17 @@ def test_ids_of_special_tokens_put_behind_a_text_are_cut():
     ([StepNode(3, text="a")], {}, ValueError, r"nodes\[0\].parent"),
     ([StepNode(1, text="a"), StepNode(0, text="b")], {}, ValueError, "a cycle"),
     (["a"], {}, TypeError, r"nodes\[0\] must be a StepNode or a mapping"),
+    ([StepNode(-1, text="a"), {"parent": 0, "txt": "b"}], {}, ValueError,
+     r"^tree_from_text: nodes\[1\] must be a mapping with fields of parent, q_value, .*text, got the field 'txt'$"),
+    ([dict(parent=-1, text="a", token_ids=[1])], {}, ValueError, r"nodes\[0\] must be .*, got the field 'token_ids'"),
+    ([{"text": "a"}], {}, ValueError,
+     r"^tree_from_text: nodes\[0\] must be a mapping with a parent, .*, got the fields text$"),
+    ([{"parent": -1, "text": "a", "q_value": 2}], {}, ValueError,
+     r"^tree_from_text: nodes\[0\].q_value must be in \[-1, 1\] or None, got int 2$"),
+    ([{"parent": "0", "text": "a"}], {}, TypeError, r"^tree_from_text: nodes\[0\].parent must be an integer, .*'0'$"),
+    (None, {}, TypeError, "^tree_from_text: nodes must be StepNodes or mappings with their fields, got None$"),
+    ([], dict(step_separator=None), TypeError, "^tree_from_text: step_separator must be a string, got None$"),
+    ([], dict(step_end=3), TypeError, "^tree_from_text: step_end must be a string, got int 3$"),
     ([StepNode(-1, text="")], dict(step_separator=""), ValueError, "text that adds a token"),
 ])
 def test_bad_nodes(nodes, arguments, error, message):
@@ -172,6 +183,13 @@ def test_bad_prompts_and_tokenizers():
     node = StepNode(-1, text="the", terminal=True)
     with pytest.raises(ValueError, match="prompt must be text for a tokenizer without a chat template, got messages"):
         tree_from_text(tokenizer, [dict(role="user", content="a")], [node])
+    for prompt in (None, 3, ["a"]):
+        for style in ("gpt2", "qwen-chat"):
+            with pytest.raises(TypeError, match="tree_from_text: prompt must be text or chat messages, got "):
+                tree_from_text(tokenizer_of(style, corpus()), prompt, [node])
+    for wrong in (None, "gpt2"):
+        with pytest.raises(TypeError, match="tree_from_text: tokenizer must be a Hugging Face tokenizer, got "):
+            tree_from_text(wrong, "a", [node])
     with pytest.raises(ValueError, match="prompt must be text of which every first step keeps the first token"):
         tree_from_text(tokenizer, "", [node])
     mute = tokenizers_.gpt2(["a"])
