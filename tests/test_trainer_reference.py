@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from training_ import make_config, small_lm, unequal_data
+from transformers import LlamaForCausalLM
 
 from svpo_kernels.trainer import StepModel, SVPOTrainer
 from svpo_kernels.trainer.model import add_adapters
@@ -66,6 +67,24 @@ def test_the_cache_is_read_and_its_name_depends_on_model_and_data(tmp_path):
              cache_path(tmp_path, small_lm(), unequal_data(((2, 2),), references=False), "no True"),
              cache_path(tmp_path, small_lm(), data, "bf16 True")}
     assert len(names) == 4
+
+
+def test_the_cache_depends_on_what_the_weights_do_not_tell(tmp_path):
+    """The same weights under another RoPE base or norm are another reference; where a config lies changes nothing."""
+    data = unequal_data(references=False)
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    paths = [cache_path(tmp_path, small_lm(**changes), data, "no True")
+             for changes in ({}, {"rms_norm_eps": 1e-3}, {"rope_parameters": rope})]
+    assert len(set(paths)) == 3
+    small_lm().save_pretrained(tmp_path / "saved")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert cache_path(tmp_path, saved, data, "no True") == paths[0]
+    wide, narrow = (trainer_with(tmp_path / "run", lm=small_lm(rms_norm_eps=eps)) for eps in (1e-3, 1e-6))
+    for trainer in (wide, narrow):
+        trainer.train()
+        tree, node = trainer.train_data.trees[0], int(trainer.train_data.pairs[0][0, 0])
+        lm = small_lm(rms_norm_eps=trainer.model.config.rms_norm_eps)
+        assert tree.nodes[node].ref_logp == pytest.approx(expected_logp(lm, tree, node), rel=1e-5)
 
 
 def test_adapters_off_is_the_reference(tmp_path):
