@@ -129,6 +129,8 @@ def test_data_that_leave_no_row_end_in_an_error(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["min_gap=5"], "rstar_pairs.json has no pair"),
+    (["preset=alphamath"], "config: nothing would be trained: value_weight = 0.01 trains nothing: FILE has no step "
+     "with a value by values = all; sft_weight = 1 trains nothing: FILE has no SFT step by sft_nodes = good"),
     (["backend=triton"], "config: backend: linear_step_logps: backend 'triton' cannot run this call"),
     (["ref_model_name_or_path=./nowhere"], "config: ref_model_name_or_path: there is no directory ./nowhere"),
 ])
@@ -138,7 +140,8 @@ def test_what_cannot_train_ends_before_it_starts(shared_data, tiny_model, tmp_pa
                     output_dir=str(tmp_path / "out"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     result = invoke("train", tmp_path / "run.yaml", *words)
-    assert result.exit_code == 1 and message.replace("rstar_pairs.json", file) in result.output, result.output
+    message = message.replace("rstar_pairs.json", file).replace("FILE", str(shared_data / file))
+    assert result.exit_code == 1 and message in result.output, result.output
     assert "Traceback" not in result.output and not (tmp_path / "out" / "metrics.jsonl").exists()
 
 

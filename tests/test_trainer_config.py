@@ -83,6 +83,31 @@ def test_mistakes_name_the_key(tmp_path, override, message):
         load_config(None, [override], output_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("words, values, sft_nodes", [
+    ([], "pairs", "chosen"), (["values=path", "sft_nodes=good"], "path", "good"), (["preset=rstar"], "pairs", "chosen"),
+    (["preset=alphamath"], "all", "good"), (["preset=alphamath", "value_weight=0"], "pairs", "good"),
+    (["preset=alphamath", "value_weight=0", "values=path"], "path", "good"),
+    (["preset=alphamath", "rank_weight=1"], "pairs", "chosen"),
+    (["preference_weight=0", "rank_weight=0"], "all", "chosen")])
+def test_steps_are_of_whole_trees_where_no_term_is_over_pairs(tmp_path, words, values, sft_nodes):
+    config = load_config(None, words, output_dir=str(tmp_path))
+    assert (config.values, config.sft_nodes) == (values, sft_nodes)
+    assert ("values" in config.explicit()) == any(word.startswith("values=") for word in words)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["preset=alphamath", "values=pairs"], "config: values must be all, got 'pairs': with preset alphamath no term is "
+     "over pairs"),
+    (["preset=alphamath", "sft_nodes=chosen"], "config: sft_nodes must be good, got 'chosen': with preset alphamath"),
+    (["preset=alphamath", "values=path"], "config: values must be all, got 'path'"),
+    (["preset=step_dpo", "preference_weight=0"], "config: nothing would be trained: preference_weight, rank_weight, "
+     "value_weight and sft_weight are all 0 with preset step_dpo"),
+])
+def test_a_loss_that_trains_nothing_is_refused(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, words, output_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize("text, message", [
     ("a: b: c", "is not valid YAML"), ("- one\n- two", "must hold `key: value` lines, got a list"),
     ("train_fil: x", "unknown key 'train_fil' in .*run.yaml; did you mean 'train_file'?")])

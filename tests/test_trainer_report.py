@@ -11,11 +11,11 @@ from rich.console import Console
 from tiny_trees import random_tree
 from training_ import make_config, make_trainer, small_lm, unequal_data
 
-from svpo_kernels import select_pairs
+from svpo_kernels import StepNode, StepTree, count_flops, select_pairs
 from svpo_kernels.trainer import report
 from svpo_kernels.trainer.measure import WAYS, compare
 from svpo_kernels.trainer.metrics import NAMES, Sums, means
-from svpo_kernels.trainer.run import make_data
+from svpo_kernels.trainer.run import check_members, make_data
 from svpo_kernels.trainer.sampler import pair_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,15 +98,80 @@ def test_a_value_only_run_has_no_policy_metrics(tmp_path):
 
 
 def test_alphamath_needs_no_pairs(tmp_path):
-    config = make_config(tmp_path, preset="alphamath", sft_nodes="good", values="all")
+    """By default: all values of whole trees, and the good steps as SFT steps."""
+    config = make_config(tmp_path, preset="alphamath")
     trees = [random_tree(seed, depth=2, children=2) for seed in range(3)]
     data = make_data(config, trees, [select_pairs(tree, "all", 0.2) for tree in trees])
-    assert data.num_pairs == 0 and all(len(nodes) for nodes in data.sft)
-    trainer = make_trainer(tmp_path, data=data, preset="alphamath", sft_nodes="good", values="all", pairs_per_step=2)
-    assert len(trainer.planner) == 2
+    good = [[i for i, node in enumerate(tree.nodes) if node.q_value is not None and node.q_value > 0] for tree in trees]
+    assert data.num_pairs == 0 and [nodes.tolist() for nodes in data.sft] == good and all(good)
+    labelled = sum(node.q_value is not None for tree in trees for node in tree.nodes)
+    trainer = make_trainer(tmp_path, data=data, preset="alphamath", pairs_per_step=2)
+    assert len(trainer.planner) == 2 and data.num_targets(config.values) == labelled
+    assert [sum(trainer.planner.share(0, step, 0)["counts"][kind] for step in range(2)) for kind in range(3)] == [
+        0, labelled, sum(map(len, good))]
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss/sft"] > 0 and log["value/mse"] > 0 and "rewards/chosen" not in log
+
+
+def lone_path():
+    """A tree whose longest path, of 40 tokens, has no sibling, beside two short siblings."""
+    nodes = [StepNode(-1, [3, 4], 1.0), StepNode(-1, [5, 6], -1.0), StepNode(0, list(range(1, 31)), 0.5)]
+    return StepTree(list(range(1, 9)), nodes)
+
+
+@pytest.mark.parametrize("preset, settings", [("alphamath", {}), ("svpo", {"values": "all"}),
+                                              ("step_dpo", {"sft_weight": 1.0, "sft_nodes": "good"})])
+def test_auto_has_room_for_paths_without_a_pair(tmp_path, preset, settings):
+    config = make_config(tmp_path, preset=preset, reference="none", **settings)
+    trees = [lone_path(), random_tree(0, depth=1, children=2)]
+    data = make_data(config, trees, [select_pairs(tree, "all", 0.2) for tree in trees])
+    settings = dict(data=data, preset=preset, reference="none", **settings)
+    trainer = make_trainer(tmp_path, max_tokens="auto", **settings)
+    assert trainer.settings.max_tokens >= trees[0].length[2] == 40
+    trainer.train()
+    with pytest.raises(ValueError, match="max_tokens must be at least 40, the tokens of node 2 of tree 0, got 39"):
+        make_trainer(tmp_path, max_tokens=39, **settings)
+
+
+def test_auto_without_pairs_shares_prefixes(tmp_path):
+    """Packs of fewer FLOPs than packs as long as the longest path."""
+    config = make_config(tmp_path, preset="alphamath")
+    trees = [random_tree(seed, depth=4, children=2) for seed in range(3)]
+    data = make_data(config, trees, [[] for _ in trees])
+    tokens, count = {}, {}
+    for most in ("auto", max(max(tree.length) for tree in trees)):
+        trainer = make_trainer(tmp_path, data=data, preset="alphamath", max_tokens=most)
+        tokens[most] = trainer.settings.max_tokens
+        batches = [pack["batch"] for pack in trainer.planner.packs(0, 0)]
+        count[most] = count_flops(trainer.model.config, batches).packed
+    (auto, path), (found, alone) = tokens.values(), count.values()
+    assert auto > 1.5 * path and found < 0.95 * alone
+
+
+def test_auto_has_room_for_the_evaluation_data(tmp_path):
+    small, large = unequal_data(((1, 2),)), unequal_data(((4, 2), (3, 3)))
+    trainer = make_trainer(tmp_path, data=small, eval_data=large, max_tokens="auto")
+    assert trainer.settings.max_tokens == make_trainer(tmp_path, data=large, max_tokens="auto").settings.max_tokens
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert make_trainer(tmp_path, data=small, max_tokens="auto").settings.max_tokens < trainer.settings.max_tokens
+
+
+@pytest.mark.parametrize("values", ["pairs", "path", "all"])
+def test_value_targets_are_counted_as_the_planner_trains_them(tmp_path, values):
+    trainer = make_trainer(tmp_path, values=values)
+    assert trainer.planner.share(0, 0, 0)["counts"][1] == trainer.train_data.num_targets(values) > 20
+
+
+def test_a_term_without_members_is_said(tmp_path):
+    """Pairs without values under preset svpo: only rank and preference train."""
+    config, lines = make_config(tmp_path, preset="svpo", sft_weight=0.5), []
+    check_members(config, "pairs.jsonl", 5, 0, 0, lines.append)
+    assert lines == ["value_weight = 1 trains nothing: pairs.jsonl has no step with a value by values = pairs",
+                     "sft_weight = 0.5 trains nothing: pairs.jsonl has no SFT step by sft_nodes = chosen"]
+    check_members(config, "trees.jsonl", 5, 4, 3, lines.append)
+    check_members(make_config(tmp_path, preset="step_dpo"), "pairs.jsonl", 5, 0, 0, lines.append)
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("rule, key", [("parent", lambda t, tree, row: (t, tree.nodes[row[0]].parent)),

@@ -32,8 +32,8 @@ CHOICES = {
     "pair_weight": ("pair", "parent", "tree"),
     "packing": ("tree", "distinct", "pairs"),
     "packing_fallback": ("none", "distinct"),
-    "values": ("pairs", "path", "all"),
-    "sft_nodes": ("chosen", "good"),
+    "values": (None, "pairs", "path", "all"),
+    "sft_nodes": (None, "chosen", "good"),
     "reference": ("cache", "online", "none"),
     "peft": ("none", "lora"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
@@ -91,7 +91,8 @@ class SVPOConfig(TrainingArguments):
     packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair.")
     packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
     max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
-    values: str = _key("pairs", "Steps whose value is trained: those in pairs, their ancestors too (path), or all.")
+    values: str | None = _key(None, "Steps whose value is trained: those in pairs (pairs), their ancestors too (path), "
+                              "or all; default: pairs, and all where no term of the loss is over pairs.")
 
     # Loss: None takes the preset's value
     preset: str = _key("svpo", "Named settings of svpo_loss: svpo, step_dpo, mcts_dpo, rstar or alphamath.")
@@ -109,7 +110,8 @@ class SVPOConfig(TrainingArguments):
     rank_scale: float | None = _key(None, "Scale of the implicit reward in rank=implicit.")
     rank_weight: float | None = _key(None, "Weight of the ranking term.")
     sft_weight: float | None = _key(None, "Weight of the log-likelihood of the SFT steps.")
-    sft_nodes: str = _key("chosen", "SFT steps: the chosen step of every pair, or every good step (value above 0).")
+    sft_nodes: str | None = _key(None, "SFT steps: the chosen step of every pair (chosen), or every step with a value "
+                                 "above 0 (good); default: chosen, and good where no term of the loss is over pairs.")
     reference: str = _key("cache", "Reference log-probs: computed once and cached, per batch (online), or none.")
     backend: str = _key("auto", "Backend of the ops: auto, cuda, triton, cpu or reference.")
     logits_budget_mb: int = _key(512, "MiB that the vocabulary head may use.")
@@ -139,6 +141,7 @@ class SVPOConfig(TrainingArguments):
             and (entry.default is not MISSING and getattr(self, entry.name) != entry.default)
         }
         self._check_choices()
+        self._check_trained()
         self.max_tokens = _max_tokens(self.max_tokens)
         if self.per_device_train_batch_size != 1:
             raise ConfigError(
@@ -159,7 +162,8 @@ class SVPOConfig(TrainingArguments):
     def _check_choices(self) -> None:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
-                raise ConfigError(f"config: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+                names = ", ".join(word for word in allowed if word is not None)
+                raise ConfigError(f"config: {key} must be one of {names}, got {getattr(self, key)!r}")
         for key in ("pairs_per_step", "gradient_accumulation_steps", "logits_budget_mb", "max_path_tokens"):
             if getattr(self, key) is not None and int(getattr(self, key)) < 1:
                 raise ConfigError(f"config: {key} must be at least 1, got {getattr(self, key)}")
@@ -184,6 +188,27 @@ class SVPOConfig(TrainingArguments):
                       **self.loss_arguments())
         except (ValueError, TypeError) as error:
             raise ConfigError(f"config: {str(error).removeprefix('svpo_loss: ')}") from None
+
+    def _check_trained(self) -> None:
+        """Some term has a weight; where none is over pairs, values and SFT steps are those of whole trees."""
+        if not any(self.weight(term) for term in ("preference", "rank", "value", "sft")):
+            raise ConfigError("config: nothing would be trained: preference_weight, rank_weight, value_weight and "
+                              f"sft_weight are all 0 with preset {self.preset}")
+        for key, term, whole in (("values", "value", "all"), ("sft_nodes", "sft", "good")):
+            pairless = self.weight(term) and not self.reads_pairs()
+            if getattr(self, key) is None:
+                setattr(self, key, whole if pairless else next(word for word in CHOICES[key] if word))
+            elif pairless and getattr(self, key) != whole:
+                raise ConfigError(f"config: {key} must be {whole}, got {getattr(self, key)!r}: with preset "
+                                  f"{self.preset} no term is over pairs (preference_weight and rank_weight are 0)")
+
+    def weight(self, term: str) -> float:
+        """The weight of a term of the loss: preference, value, rank or sft."""
+        return self.loss_arguments().get(f"{term}_weight", 0.0 if term == "sft" else 1.0)
+
+    def reads_pairs(self) -> bool:
+        """Whether any term of the loss is over pairs."""
+        return self.weight("preference") != 0 or self.weight("rank") != 0
 
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `svpo_loss`: the preset's, with the keys that were set in this configuration on top."""

@@ -42,26 +42,19 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def reads_pairs(config: SVPOConfig) -> bool:
-    """Whether any term of the loss is over pairs."""
-    loss = config.loss_arguments()
-    return loss.get("preference_weight", 1.0) != 0 or loss.get("rank_weight", 1.0) != 0
-
-
 def make_data(config: SVPOConfig, trees: list[StepTree], pairs: list[Any]) -> TrainData:
     """Trees and their pairs with the weights and SFT nodes that the configuration asks for."""
-    loss = config.loss_arguments()
     pairs = [np.asarray(rows, np.int64).reshape(-1, 2) for rows in pairs]
-    if not reads_pairs(config):
+    if not config.reads_pairs():
         pairs = [rows[:0] for rows in pairs]  # no term reads them: whole trees are the unit instead
     sft: list[np.ndarray] = []
-    if loss.get("sft_weight", 0.0) > 0:
+    if config.weight("sft") > 0:
         sft = [_sft_nodes(config, tree, rows) for tree, rows in zip(trees, pairs, strict=True)]
     return TrainData(trees, pairs, sft, pair_weights(trees, pairs, config.pair_weight))
 
 
 def _sft_nodes(config: SVPOConfig, tree: StepTree, pairs: np.ndarray) -> np.ndarray:
-    if config.sft_nodes == "chosen" and len(pairs):
+    if config.sft_nodes == "chosen":
         return np.unique(pairs[:, 0])
     good = [index for index, node in enumerate(tree.nodes) if node.q_value is not None and node.q_value > 0]
     return np.array(good, np.int64)
@@ -77,11 +70,30 @@ def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase,
                           same_kind=config.same_kind)
     data = make_data(config, encoded.trees, pairs)
     say(encoded.ledger.summary())
-    if not any(map(len, pairs)) and reads_pairs(config):
+    targets, sft = data.num_targets(config.values), sum(map(len, data.sft))
+    say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs, "
+        f"{targets} value targets, {sft} SFT steps")
+    check_members(config, path, data.num_pairs, targets, sft, say)
+    return data
+
+
+def check_members(config: SVPOConfig, path: str, pairs: int, targets: int, sft: int, say: Any = print) -> None:
+    """A term with a weight and no member is said; without pairs for a term over pairs, or with nothing to train at all,
+    the run ends in a ConfigError that names the keys."""
+    if config.reads_pairs() and not pairs:
         raise ConfigError(f"config: {path} has no pair of steps with a gap above min_gap = {config.min_gap:g} by "
                           f"pair_rule {config.pair_rule}; `svpo data` shows the gaps")
-    say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs")
-    return data
+    idle, members = [], pairs
+    for term, count, lack in (("value", targets, f"no step with a value by values = {config.values}"),
+                              ("sft", sft, f"no SFT step by sft_nodes = {config.sft_nodes}")):
+        if config.weight(term):
+            members += count
+            if not count:
+                idle.append(f"{term}_weight = {config.weight(term):g} trains nothing: {path} has {lack}")
+    if not members:
+        raise ConfigError(f"config: nothing would be trained: {'; '.join(idle)}")
+    for line in idle:
+        say(line)
 
 
 def load_tokenizer(config: SVPOConfig) -> PreTrainedTokenizerBase:
@@ -168,9 +180,7 @@ def run_training(config: SVPOConfig, *, lm: nn.Module | None = None,
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     train_data = load_data(config, config.train_file, tokenizer, say)
     eval_data = load_data(config, config.eval_file, tokenizer, say) if config.eval_file else None
-    loss = config.loss_arguments()
-    wants_values = loss.get("value_weight", 1.0) > 0 or loss.get("rank_weight", 1.0) > 0
-    model = build_model(config, wants_values, lm)
+    model = build_model(config, config.weight("value") > 0 or config.weight("rank") > 0, lm)
     callbacks: list[Any] = [report.MetricsFile(config.output_dir)]
     bar = not config.disable_tqdm
     trainer = SVPOTrainer(model, config, train_data, eval_data, tokenizer, reference_model(config),

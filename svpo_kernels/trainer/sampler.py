@@ -52,6 +52,22 @@ class TrainData:
     def num_pairs(self) -> int:
         return sum(len(pairs) for pairs in self.pairs)
 
+    def num_targets(self, values: str) -> int:
+        """Steps whose value is trained under this rule ("pairs", "path" or "all"), once each."""
+        total = 0
+        for tree, pairs in zip(self.trees, self.pairs, strict=True):
+            held = set(range(len(tree))) if values == "all" else set(pairs.ravel().tolist())
+            for node in list(held) if values == "path" else ():
+                while (node := tree.nodes[node].parent) not in held and node != -1:
+                    held.add(node)
+            total += sum(tree.nodes[node].q_value is not None for node in held)
+        return total
+
+    def alone(self, index: int, values: str) -> np.ndarray:
+        """Nodes of a tree that are trained without a pair too: its SFT steps, and under "all" those with a value."""
+        labelled = [node for node, step in enumerate(self.trees[index].nodes) if step.q_value is not None]
+        return np.union1d(self.sft[index], labelled if values == "all" else []).astype(np.int64)
+
     def fingerprint(self) -> str:
         """Hash of all that decides a plan: pairs, parents, ids and values."""
         digest = hashlib.blake2b(digest_size=16)
@@ -118,8 +134,12 @@ class EpochPlanner:
             )
 
     def _check_lengths(self) -> None:
-        """Every pair fits into one pack: said before training, not in the middle of it."""
+        """Every pair and every path fits into one pack: said before training, not in the middle of it."""
         most = self.settings.max_tokens
+        longest, index, node = longest_alone(self.data, self.settings.values)
+        if longest > most:
+            raise ValueError(f"svpo train: max_tokens must be at least {longest}, the tokens of node {node} of tree "
+                             f"{index}, got {most}; raise it, or leave out long paths with max_path_tokens")
         for index, (tree, pairs) in enumerate(zip(self.data.trees, self.data.pairs, strict=True)):
             for w, l in pairs.tolist():
                 tokens = tree.length[w] + tree.length[l] - min(tree.start[w], tree.start[l])
@@ -143,8 +163,7 @@ class EpochPlanner:
             place = np.argsort(tree.order)  # of each node in a depth-first walk
             keys = [(place[chosen], place[rejected]) for chosen, rejected in pairs]
             return [(index, pair) for pair in sorted(range(len(pairs)), key=keys.__getitem__)]
-        labelled = self.settings.values == "all" and any(node.q_value is not None for node in tree.nodes)
-        return [(index, PAIRLESS)] if labelled or len(self.data.sft[index]) else []
+        return [(index, PAIRLESS)] if len(self.data.alone(index, self.settings.values)) else []
 
     def steps(self, epoch: int) -> list[list[Item]]:
         """The items of every optimizer step of an epoch: a function of data, seed and epoch only."""
@@ -247,6 +266,18 @@ def visit_smoothing(trees: list[StepTree], batch: StepBatch) -> torch.Tensor:
         counts.append(visits)
     visits = torch.tensor(counts, dtype=torch.float32).reshape(-1, 2)
     return torch.where(visits.sum(1) > 0, visits[:, 1] / visits.sum(1), 0.5)
+
+
+def longest_alone(data: TrainData, values: str) -> tuple[int, int, int]:
+    """(tokens, tree, node) of the longest path that is run for its values or as SFT; (0, 0, 0) without any."""
+    return max(((tree.length[node], index, node) for index, tree in enumerate(data.trees)
+                for node in data.alone(index, values).tolist()), default=(0, 0, 0))
+
+
+def neighbours(tree: StepTree) -> np.ndarray:
+    """(P, 2) siblings next to each other: what `max_tokens: auto` is chosen by where no term is over pairs."""
+    rows = [pair for group in (tree.roots, *tree.children) for pair in zip(group, group[1:], strict=False)]
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def node_homes(tree: StepTree, pairs: np.ndarray) -> np.ndarray:

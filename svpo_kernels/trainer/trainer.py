@@ -21,13 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from svpo_kernels import flops, svpo_loss
 from svpo_kernels.attention import PackingError
+from svpo_kernels.cuts import MaxTokens
 from svpo_kernels.packing_check import check_packing
 
 from . import checkpoint, reference
 from .config import SVPOConfig
 from .metrics import NAMES, Sums, add_pack, means
 from .model import StepModel, is_peft
-from .sampler import EpochPlanner, EpochSampler, PackSettings, StepDataset, TrainData
+from .sampler import EpochPlanner, EpochSampler, PackSettings, StepDataset, TrainData, longest_alone, neighbours
 from .saving import SavingMixin
 
 
@@ -97,11 +98,15 @@ class SVPOTrainer(SavingMixin, Trainer):
 
     def _resolved(self, data: TrainData, model: StepModel) -> PackSettings:
         """The settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs, of the training and
-        the evaluation data the larger one; without pairs, by the longest path."""
+        the evaluation data the larger one, and no path that is trained without a pair longer."""
         if self.settings.max_tokens == "auto":
-            every = [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]
-            tokens = [flops.choose_max_tokens(each.trees, each.pairs, model.config) if each.num_pairs else
-                      max(max(tree.length, default=1) for tree in each.trees) for each in every]
+            tokens = []
+            for each in [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]:
+                pairs = each.pairs if each.num_pairs else [neighbours(tree) for tree in each.trees]
+                tokens.append(max(1, longest_alone(each, self.settings.values)[0]))
+                if any(map(len, pairs)):
+                    found = flops.choose_max_tokens(each.trees, pairs, model.config)
+                    tokens[-1] = found if found >= tokens[-1] else MaxTokens(tokens[-1], found.price)
             self.settings = replace(self.settings, max_tokens=max(tokens))
         return self.settings
 
