@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -203,9 +204,9 @@ def test_training_refuses_curves_that_differ(monkeypatch):
 
 
 class _Trainer:
-    """Trains three steps, and says so; fails in the second when told to."""
+    """Trains three steps, and says so; raises in step `fails` when told to."""
 
-    def __init__(self, name, log, fails):
+    def __init__(self, name, log, fails=None):
         self.name, self.log, self.fails = name, log, fails
 
     def add_callback(self, callback):
@@ -214,24 +215,31 @@ class _Trainer:
     def train(self):
         for step in range(3):
             self.callback.on_step_begin(None, None, None)
-            if self.fails and step == 1:
+            if step == self.fails:
                 raise RuntimeError(f"{self.name} failed")
             self.log.append((step, self.name))
             self.callback.on_step_end(None, None, None)
 
 
-@pytest.mark.parametrize("fails", [None, "b"])
-def test_ways_take_their_steps_in_turn(fails):
+def _ways(log, **fails):
+    return {name: training.Way(_Trainer(name, log, fails.get(name)), training.Ran(), lambda _: None) for name in "abc"}
+
+
+def test_ways_take_their_steps_in_turn():
     log = []
-    ways = {name: training.Way(_Trainer(name, log, name == fails), training.Ran(), lambda ran: None) for name in "abc"}
-    if fails:
-        with pytest.raises(RuntimeError, match="b failed"):
-            training.train_in_turn(ways)
-        assert log == [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "c"), (2, "a"), (2, "c")]
-    else:
-        found = training.train_in_turn(ways)
-        assert log == [(step, name) for step in range(3) for name in "abc"]
-        assert all(len(ran.seconds) == 3 and ran.mebibytes >= 0 for ran in found.values())
+    found = training.train_in_turn(_ways(log))
+    assert log == [(step, name) for step in range(3) for name in "abc"]
+    assert all(len(ran.seconds) == 3 and ran.mebibytes >= 0 for ran in found.values())
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_way_that_fails_is_raised_after_the_others_and_leaves_no_thread(fails):
+    """In its first step it is being weighed."""
+    log, before = [], threading.active_count()
+    with pytest.raises(RuntimeError, match="b failed"):
+        training.train_in_turn(_ways(log, b=fails))
+    assert log == [(step, name) for step in range(3) for name in "abc" if name != "b" or step < fails]
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("device, there, why", [

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,9 @@ def train_in_turn(ways: dict[str, Way]) -> dict[str, Ran]:
     def train(name: str, way: Way) -> None:
         turns.take(name)
         try:
-            way.trainer.add_callback(steps_of(way.ran, lambda: turns.give(name)))
-            way.trainer.train()
+            with closing(steps_of(way.ran, lambda: turns.give(name))) as steps:
+                way.trainer.add_callback(steps)
+                way.trainer.train()
             way.conclude(way.ran)
         except BaseException as error:  # it is raised below: what ends a thread is only printed
             failures.append(error)
@@ -176,17 +178,24 @@ def steps_of(ran: Ran, wait: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
+        weigh: Weigh | None = None
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             wait()
             # The first step makes gradients and optimizer state too; emptying the pool later would slow ours down.
-            self.weigh = None if ran.seconds else Weigh().__enter__()
+            if not ran.seconds:
+                self.weigh = Weigh().__enter__()
             self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ran.seconds.append(time.perf_counter() - self.began)
+            self.close()
+
+        def close(self) -> None:
+            """Stop weighing; also when a step raised, or the sampler's thread would run on into every later race."""
             if self.weigh is not None:
                 self.weigh.__exit__()
-                ran.mebibytes = self.weigh.mebibytes
+                ran.mebibytes, self.weigh = self.weigh.mebibytes, None
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
