@@ -338,7 +338,7 @@ def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> Tenso
         fail(op, name, "an integer tensor", x, TypeError)
     if x.dim() != dim or (dim == 2 and x.shape[1] != 2) or x.device != like.device:
         fail(op, name, f"{'(P, 2)' if dim == 2 else '(K,)'} on {like.device}", x)
-    if not like.shape[0] and x.shape[0]:
+    if like.shape[0] == 0 and x.shape[0] > 0:  # compared: torch.compile of 2.6 fixes a size that it sees as a bool
         fail(op, name, "empty when there are no steps (S = 0)", x, IndexError)
     return x if x.dtype in (torch.int64, torch.int32) else x.long()
 
