@@ -15,7 +15,7 @@ import yaml
 from processes import TESTS, environment
 from tiny_models import SMALL
 from tiny_trees import all_texts, real_texts
-from training_ import make_trainer, small_lm, unequal_data
+from training_ import history_of, make_trainer, small_lm, unequal_data
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from svpo_kernels.trainer import checkpoint
@@ -55,7 +55,7 @@ def real_run(shared_data, tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     settings = dict(model_name_or_path=str(folder / "model"), train_file=str(shared_data / "aps_trees.jsonl"),
                     pair_rule="all", min_gap=0.6, same_kind=False, pairs_per_step=24, max_tokens=1500, max_steps=10,
-                    save_steps=2, save_total_limit=2, learning_rate=1e-3, preset="svpo", use_cpu=True)
+                    logging_steps=3, save_steps=2, save_total_limit=2, learning_rate=1e-3, preset="svpo", use_cpu=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -73,14 +73,14 @@ def test_sigkill_and_resume_on_real_trees(real_run):
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert run.returncode == -signal.SIGKILL and not (killed / "model.safetensors").exists()
+    assert not (killed / "checkpoint-10").exists() and len(history_of(killed)) < 4  # in the middle
     again = svpo("train", config, f"output_dir={killed}")
     outputs = [process.communicate(timeout=280)[0] for process in (again, whole)]
     assert again.returncode == whole.returncode == 0, outputs
     assert "resuming from" in outputs[0] and "resuming from" not in outputs[1]
     assert_bitwise(killed, real_run / "whole")
     assert [path.name for path in checkpoint.checkpoints(killed)] == ["checkpoint-10", "checkpoint-8"]
-    steps = [yaml.safe_load(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 11), 10]
+    assert history_of(killed) == history_of(real_run / "whole") and len(history_of(killed)) == 4
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "packing": "distinct"}])

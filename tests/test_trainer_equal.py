@@ -15,8 +15,7 @@ SAME = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rew
 def assert_same(one, other, tolerance):
     (metrics, gradients), (expected, truth) = one, other
     for name in SAME:
-        near = max(tolerance, 1e-6) if name == "loss" else tolerance  # Hugging Face sums the loss in fp32
-        assert metrics[name] == pytest.approx(expected[name], rel=near, abs=near), name
+        assert metrics[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
     assert relative_error(gradients, truth) <= tolerance
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_trees import random_tree
-from training_ import make_config, make_trainer, small_lm, unequal_data
+from training_ import history_of, make_config, make_trainer, small_lm, unequal_data
 
 from svpo_kernels import StepNode, StepTree, count_flops, select_pairs
 from svpo_kernels.trainer import report
@@ -75,7 +75,8 @@ def test_a_metric_without_members_is_left_out():
     sums = Sums()
     sums.add(steps=1, tokens=10, pairwise_tokens=40)
     found = means(sums.vector())
-    assert found == {"loss/preference": 0, "loss/value": 0, "loss/rank": 0, "loss/sft": 0, "compute/saved": 0.75}
+    terms = ("loss", "loss/preference", "loss/value", "loss/rank", "loss/sft")
+    assert found == {**dict.fromkeys(terms, 0), "compute/saved": 0.75}
     assert len(sums.vector()) == len(NAMES)
 
 
@@ -213,16 +214,30 @@ def test_curves_of_an_empty_history(tmp_path):
     assert report.draw_curves([], tmp_path / "curves.png").is_file()
 
 
-def test_metrics_file_is_cut_back_on_resume(tmp_path):
-    settings = dict(pairs_per_step=9, max_steps=4, save_strategy="steps", save_steps=2)
-    trainer = make_trainer(tmp_path, **settings)
-    trainer.add_callback(report.MetricsFile(tmp_path))
+def test_a_resumed_run_writes_the_history_of_the_whole_run(tmp_path):
+    """The checkpoint falls into the middle of a logging window; evaluation at the start is not repeated."""
+    settings = dict(pairs_per_step=9, max_steps=7, save_strategy="steps", save_steps=4, logging_steps=3,
+                    eval_strategy="steps", eval_steps=2, eval_on_start=True, eval_data=unequal_data(((2, 2),)))
+    written = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.add_callback(report.MetricsFile(tmp_path))
+        trainer.train(resume_from_checkpoint=resume)
+        written.append(history_of(tmp_path))
+    assert written[0] == written[1]
+    steps = [json.loads(line)["step"] for line in written[0]]
+    assert steps == [0, 2, 3, 4, 6, 6, 7, 7] == [entry["step"] for entry in trainer.state.log_history]
+    losses = run_losses(tmp_path / "single", pairs_per_step=9, max_steps=7)
+    logged = [json.loads(line) for line in written[1]]
+    assert [entry["loss"] for entry in logged if "loss" in entry] == pytest.approx(
+        [sum(losses[:3]) / 3, sum(losses[3:6]) / 3], rel=1e-6)
+    assert logged[-1]["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-6)
+
+
+def run_losses(folder, **settings):
+    trainer = make_trainer(folder, **settings)
     trainer.train()
-    again = make_trainer(tmp_path, **settings)
-    again.add_callback(report.MetricsFile(tmp_path))
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / report.METRICS).read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 4]
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("number, text", [(0, "0"), (999, "999"), (12345, "12.3 k"), (5.15e9, "5.15 G"), (2e15, "2 P")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import torch
@@ -10,7 +11,7 @@ from tiny_models import SMALL
 from tiny_trees import random_tree
 
 from svpo_kernels import select_pairs
-from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData, load_config
+from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData, load_config, report
 from svpo_kernels.trainer.sampler import pair_weights
 
 
@@ -63,6 +64,13 @@ def make_trainer(output_dir, data=None, lm=None, eval_data=None, **settings):
     trainer.remove_callback(hf.PrinterCallback)
     trainer.gradients = gradients
     return trainer
+
+
+def history_of(folder):
+    """The lines of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (folder / report.METRICS).read_text().splitlines()]
+    timed = ("runtime", "per_second")
+    return [json.dumps({name: value for name, value in entry.items() if not name.endswith(timed)}) for entry in lines]
 
 
 def run_once(output_dir, **settings):

@@ -18,6 +18,7 @@ MANIFEST = "svpo_manifest.json"
 VALUE_HEAD = "value_head.safetensors"
 VALUE_HEAD_TORCH = "value_head.pth"
 PLAN = "svpo_plan.json"
+SUMS = "svpo_sums.json"
 WHOLE = 64 << 20  # bytes up to which a file is hashed whole; of larger ones the first and last MiB
 ENDS = 1 << 20
 
@@ -120,6 +121,18 @@ def check_plan(plan: dict, directory: str | os.PathLike) -> None:
         raise ValueError(
             f"svpo train: cannot resume from {directory}: {'; '.join(differ)}. Give the run an output_dir of its own"
         )
+
+
+def write_sums(window: dict[str, float], total: dict[str, float], directory: str | os.PathLike) -> None:
+    """Sums of the metrics: of the logging window that the checkpoint falls into, and of all before it."""
+    (Path(directory) / SUMS).write_text(json.dumps({"window": window, "total": total}, indent=1), encoding="utf-8")
+
+
+def read_sums(directory: str | os.PathLike) -> tuple[dict[str, float], dict[str, float]]:
+    """What write_sums wrote; nothing where an older version did not."""
+    path = Path(directory) / SUMS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found.get("window", {}), found.get("total", {})
 
 
 def _files(directory: Path) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 # name -> the sum it is divided by; `steps` is the number of optimizer steps
 MEANS = {
+    "loss": "steps",
     "rewards/chosen": "scored_pairs",
     "rewards/rejected": "scored_pairs",
     "rewards/margins": "scored_pairs",
@@ -44,9 +45,18 @@ class Sums:
         self.values = {}
 
 
+def by_name(vector: Tensor) -> dict[str, float]:
+    """The sums of a vector, as a checkpoint keeps them."""
+    return dict(zip(NAMES, vector.tolist(), strict=True))
+
+
+def as_vector(sums: dict[str, float]) -> Tensor:
+    return torch.tensor([sums.get(name, 0.0) for name in NAMES], dtype=torch.float64)
+
+
 def means(vector: Tensor) -> dict[str, float]:
     """Metrics from a vector of sums over all processes; a metric without members is left out."""
-    sums = dict(zip(NAMES, vector.tolist(), strict=True))
+    sums = by_name(vector)
     found = {name: sums[name] / sums[count] for name, count in MEANS.items() if sums[count] > 0}
     if sums["pairwise_tokens"] > 0:
         found["compute/saved"] = 1 - sums["tokens"] / sums["pairwise_tokens"]
@@ -60,7 +70,7 @@ def add_pack(sums: Sums, pack: dict, out, step_logps: Tensor | None, values: Ten
     batch = pack["batch"]
     pairs = batch.pairs
     P = len(pairs)
-    sums.add(**{f"loss/{name}": getattr(out, name) for name in ("preference", "value", "rank", "sft")})
+    sums.add(loss=out.loss, **{f"loss/{name}": getattr(out, name) for name in ("preference", "value", "rank", "sft")})
     sums.add(pairs=P)
     if P and step_logps is not None:
         sums.add(scored_pairs=P, **{

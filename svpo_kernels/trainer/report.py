@@ -36,13 +36,17 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            self.path.write_text("".join(lines), encoding="utf-8")
+            self.path.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(entry: dict[str, float]) -> str:
+    """One entry, its keys sorted: so they are in the history that a checkpoint keeps."""
+    return json.dumps({"step": entry["step"], **dict(sorted(entry.items()))}) + "\n"
 
 
 class ProgressBar(TrainerCallback):

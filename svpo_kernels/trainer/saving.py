@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from . import checkpoint
+from .metrics import by_name
 from .model import StepModel, is_peft
 
 
@@ -37,15 +38,18 @@ class SavingMixin:
             yaml.safe_dump(self.config.explicit(), file, allow_unicode=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Hugging Face's checkpoint and the plan; the manifest comes when every process is done, rotation after it."""
+        """Hugging Face's checkpoint, the plan and the metrics' sums; the manifest comes when every process is done, and
+        rotation after it."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         directory = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        window = self._reduce(self._sums.vector())
         if self.args.should_save:
             checkpoint.write_plan(self.planner.fingerprint(), directory)
+            checkpoint.write_sums(by_name(window), by_name(self._total), directory)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.write_manifest(directory)

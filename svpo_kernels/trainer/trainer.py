@@ -26,7 +26,7 @@ from svpo_kernels.packing_check import check_packing
 
 from . import checkpoint, reference
 from .config import SVPOConfig
-from .metrics import NAMES, Sums, add_pack, means
+from .metrics import NAMES, Sums, add_pack, as_vector, means
 from .model import StepModel, is_peft
 from .sampler import EpochPlanner, EpochSampler, PackSettings, StepDataset, TrainData, longest_alone, neighbours
 from .saving import SavingMixin
@@ -144,8 +144,13 @@ class SVPOTrainer(SavingMixin, Trainer):
             if path is None:
                 raise ValueError(f"SVPOTrainer: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(path)
+        self._sums, self._total = Sums(), torch.zeros(len(NAMES), dtype=torch.float64)
         if resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
+            window, total = checkpoint.read_sums(resume_from_checkpoint)
+            self._sums.add(**(window if self.args.process_index == 0 else {}))
+            self._total = as_vector(total)
+        self.args.eval_on_start = self.config.eval_on_start and not resume_from_checkpoint  # it is in the history
         self.check_packing()
         for data in (self.train_data, self.eval_data):
             self.prepare_reference(data)
@@ -301,18 +306,16 @@ class SVPOTrainer(SavingMixin, Trainer):
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> EvalLoopOutput:
         """Loss and metrics over all of the data, exact whatever the number of packs and processes."""
         model = self._evaluation_model()
-        sums, loss, pairs = Sums(), 0.0, 0
+        sums, pairs = Sums(), 0
         data = dataloader.dataset.planner.data
         self.prepare_reference(data)
         with torch.no_grad(), self._mode(model, False), self.accelerator.autocast():
             for step in dataloader:
                 for pack in self.watch(step["packs"], description.lower()):
-                    out, _ = self.pack_loss(model, pack, step["counts"], sums)
-                    loss += out.loss.item()
+                    self.pack_loss(model, pack, step["counts"], sums)
                 sums.add(steps=1.0 / self.args.world_size)
                 pairs += step["counts"][0]
-        vector = self._reduce(sums.vector())
-        found = {"loss": self._reduce(torch.tensor([loss], dtype=torch.float64)).item(), **means(vector)}
+        found = means(self._reduce(sums.vector()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)
 
@@ -327,14 +330,16 @@ class SVPOTrainer(SavingMixin, Trainer):
         return torch.stack([torch.as_tensor(part) for part in self._gather_objects(vector)]).sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            vector = self._reduce(self._sums.vector())
+        vector = self._reduce(self._sums.vector())
+        found = means(vector)
+        if "loss" in logs:  # theirs forgets what of its window came before a resume
             self._sums.clear()
             self._total += vector
-            logs = {**logs, **means(vector)}
+            logs = {**logs, **found, "loss": logs["loss"] if self.args.logging_nan_inf_filter else found["loss"]}
         elif "train_runtime" in logs:
-            totals = means(self._total)
-            logs = {**logs, **{name: totals[name] for name in totals if name.startswith("compute/")}}
+            found = means(self._total + vector)
+            logs = {**logs, **{name: found[name] for name in found if name.startswith("compute/")}}
+            logs["train_loss"] = found.get("loss", logs["train_loss"])
         super().log(logs, start_time)
 
     # -- optimizer --------------------------------------------------------------------------------------------
