@@ -57,6 +57,24 @@ def test_twenty_sizes_make_at_most_four_graphs(op: str, form: str, dynamic: bool
     assert counter.frame_count <= 4
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.6 must know whether a size read from the device is 1")
+def test_the_tensor_form_compiles_without_num_steps() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(hidden, weight, labels, step_ids):
+        return sk.linear_step_logps(hidden, weight, labels, step_ids, shift=0).square().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for S in (1, 2, 5, 9):
+        inputs, rest, _ = arguments("linear_step_logps", 4 + 3 * S, "tensor", S=S)
+        ours, eager = compiled(*inputs, *rest), call(*inputs, *rest)
+        torch.testing.assert_close(ours, eager)
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(eager, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 4
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_entropies_and_factors_make_at_most_four_graphs(dynamic: bool | None) -> None:
     torch._dynamo.reset()

@@ -208,7 +208,7 @@ def linear_step_logps(
         labels, step_ids, shift, num_steps, reduction, temperature, softcap, vocab_size, backend: as in `step_logps`.
             The tensor form reads two numbers (N and S) from the device to leave unscored rows out; a `StepPlan` reads
             none. Old versions of torch.compile (2.6; not 2.11) take the tensor form only with
-            torch._dynamo.config.capture_dynamic_output_shape_ops = True.
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True, and with num_steps where there are step_ids.
         bias: (V,) or None.
         logits_budget_mb: MiB; bounds all (rows, V) memory of the op, kept and scratch together. A chunk has at least 64
             rows on the CPU and 256 on CUDA even when the budget is smaller.
