@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from svpo_kernels.trainer import cli
+from svpo_kernels.trainer.config import SVPOConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +57,15 @@ def test_help_teaches(words, taught):
     text = " ".join(result.output.split())
     for phrase in taught:
         assert phrase in text, phrase
+
+
+def test_train_lists_its_keys():
+    result = invoke("train", "--keys")
+    assert result.exit_code == 0, result.output
+    given = {key: json.loads(value) for key, value in re.findall(r"^(\w+): (\S+)$", result.output, flags=re.M)}
+    config = {field.name: field.default for field in dataclasses.fields(SVPOConfig)}
+    assert given == {name: config[name] for name in SVPOConfig.__annotations__}
+    assert "values: null\n    Steps whose value is trained: those in pairs (pairs)" in result.output
 
 
 def test_importing_the_package_or_the_command_line_does_not_import_transformers():

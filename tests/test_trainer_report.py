@@ -210,6 +210,15 @@ def test_curves_and_table(tmp_path):
     assert "logps/chosen" not in text
 
 
+def test_the_total_of_a_run_is_no_point_of_a_curve(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    logs = trainer.state.log_history
+    assert [("compute/saved" in entry, "train_runtime" in entry) for entry in logs] == [
+        (True, False), (True, False), (True, True)]
+    assert report.curve(logs, "compute/saved") == [(step + 1, logs[step]["compute/saved"]) for step in range(2)]
+
+
 def test_curves_of_an_empty_history(tmp_path):
     assert report.draw_curves([], tmp_path / "curves.png").is_file()
 

@@ -21,7 +21,8 @@ app = typer.Typer(
 TRAIN_HELP = """Train a model on step trees or step pairs.
 
 CONFIG.yaml holds the settings: the keys of SVPOConfig, every argument of svpo_loss and every field of
-TrainingArguments (transformers) among them; any of them may be given again as key=value. A smallest configuration:
+TrainingArguments (transformers) among them; any of them may be given again as key=value. `svpo train --keys` lists
+them. A smallest configuration:
 
 \b
     model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
@@ -40,10 +41,23 @@ A run that was killed goes on from its newest complete checkpoint when the same 
 """
 
 
+def print_keys(wanted: bool) -> None:
+    """The keys that are ours, each with its default and what it does; for --keys."""
+    if wanted:
+        from .config import own_keys
+
+        for key, default, text in own_keys():
+            typer.echo(f"{key}: {default}\n    {text}")
+        typer.echo("Besides these, every field of transformers.TrainingArguments.")
+        raise typer.Exit
+
+
 @app.command(help=TRAIN_HELP)
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File with the settings of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", callback=print_keys, is_eager=True,
+                                       help="List every key with its default, and end.")] = False,
 ) -> None:
     import torch
 

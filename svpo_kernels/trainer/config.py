@@ -5,6 +5,7 @@ takes the preset's value, and if the preset does not set it, `svpo_loss`'s own d
 """
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -249,6 +250,13 @@ class _Parser(HfArgumentParser):
 def valid_keys() -> list[str]:
     """Every key that a configuration may hold."""
     return [entry.name for entry in fields(SVPOConfig) if entry.init]
+
+
+def own_keys() -> list[tuple[str, str, str]]:
+    """(key, default as YAML, help) of every key that SVPOConfig defines, in its order."""
+    entries = {entry.name: entry for entry in fields(SVPOConfig)}
+    return [(name, json.dumps(entries[name].default), entries[name].metadata["help"])
+            for name in SVPOConfig.__annotations__]
 
 
 def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = (), **values: Any) -> SVPOConfig:

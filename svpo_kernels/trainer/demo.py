@@ -88,7 +88,7 @@ def learned_table(result: RunResult) -> Table:
     """Held-out problems, before and after training."""
     table = Table("held-out problems", "before", "after", title="What was learned", title_justify="left")
     for name, label, form in (("loss", "loss", "{:.3f}"),
-                              ("rewards/accuracies", "preference accuracy", "{:.1%}"),
+                              ("rewards/accuracies", "preference accuracy (ties are wrong)", "{:.1%}"),
                               ("value/accuracy", "value accuracy (pairs in order)", "{:.1%}"),
                               ("value/mse", "value squared error", "{:.3f}")):
         values = [read(result.history, f"eval_{name}") for read in (report.first, report.last)]

@@ -67,10 +67,9 @@ class ProgressBar(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs:
+        if self.bar is not None and logs and "loss" in logs:
             shown = {name: f"{logs[key]:.3g}" for key, name in self.SHOWN.items() if key in logs}
-            if shown:
-                self.bar.set_postfix(shown)
+            self.bar.set_postfix(shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -97,7 +96,7 @@ def draw_curves(history: list[dict[str, float]], path: str | os.PathLike, title:
         axes = figure.add_subplot(rows, columns, place)
         for color, name in enumerate(names):
             for prefix, style in (("", "-"), ("eval_", "o--")):
-                points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
+                points = curve(history, prefix + name)
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=4, linewidth=1.3,
                               label=f"{prefix}{name}")
@@ -111,6 +110,11 @@ def draw_curves(history: list[dict[str, float]], path: str | os.PathLike, title:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def curve(history: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric; what the last entry says of the whole run is no point of it."""
+    return [(entry["step"], entry[name]) for entry in history if name in entry and "train_runtime" not in entry]
 
 
 def last(history: list[dict[str, float]], name: str) -> float | None:
