@@ -93,6 +93,12 @@ def test_kernels_use_nothing_but_the_common_header() -> None:
             assert not own.findall(path.read_text()), path.name
 
 
+def test_every_mutant_has_its_place() -> None:
+    """Code that moved takes its mutants along."""
+    for mutant in cuda_mutations.MUTANTS:
+        assert (cuda_emulator.CUDA / mutant.file).read_text().count(mutant.old) == 1, (mutant.file, mutant.old)
+
+
 def test_mutants_are_caught(emulated: dict[str, str], tmp_path: Path) -> None:
     """A sample of the faults of cuda_mutations.py; all of them with -m slow."""
     results = cuda_mutations.run([m for m in cuda_mutations.MUTANTS if m.sample], tmp_path)
