@@ -32,6 +32,7 @@ from svpo_kernels.bench import step_logps as rows
 from svpo_kernels.bench.machine import Rates, Work, describe, installed, measure
 from svpo_kernels.bench.peers import HeadInputs, HeadShape, peers
 from svpo_kernels.bench.race import Clock
+from svpo_kernels.linear_step_logps import cuda as cuda_head
 
 RESULTS = Path(__file__).parent / "results"
 # A variant whose answer is further from fp64 than this, relative to the largest value, is not timed.
@@ -158,11 +159,27 @@ def _head(shape: HeadShape, kind: str, name: str) -> Case:
     ours = backends("linear_step_logps", shape.device)
     # 2048 MiB keep all rows of the largest shape: three products, nothing is computed twice
     variants = {f"ours, {backend}": wrap(inputs.ours(backend=backend, logits_budget_mb=2048)) for backend in ours}
+    if grad and "cuda" in ours:
+        once = inputs.ours(backend="cuda", logits_budget_mb=2048)
+        variants["ours, cuda, rows in clusters"] = wrap(_in_clusters(once))
     for peer, head in peers(shape.device)[0].items():
         variants[f"{peer}, all rows"] = wrap(inputs.all_rows(head))
         if shape.f < 1:
             variants[f"{peer}, gathered rows"] = wrap(inputs.gathered(head))
     return Case(name, shape.dtype, work, variants, inputs.exact if grad else lambda: inputs.exact()[:1])
+
+
+def _in_clusters(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """With rows held by csrc/cuda/cluster_rows.cu where they can be: the race that is to decide on the default."""
+
+    def run() -> Tensor:
+        before, cuda_head.CLUSTERS = cuda_head.CLUSTERS, True
+        try:
+            return function()
+        finally:
+            cuda_head.CLUSTERS = before
+
+    return run
 
 
 def _svpo_loss(scale: Scale, name: str) -> Case:

@@ -230,12 +230,12 @@ SVPO_CUDA_OP(row_grads, const float* grad_out, const int64_t* rows, const int64_
              const int64_t* step_ids, const int64_t* step_start, int64_t R, int64_t N, int64_t S, int reduction,
              float* g, float* G);
 
-// As above; entropy (R,) unless null. scratch: 12 bytes for each of (vocab_size / 4096 + 2) * (last_row - first_row)
-// panels, 4 for each of R and N.
+// As above; entropy (R,) unless null. clusters: rows may be held on chip (sm_90 and later), else never. scratch: 12 bytes
+// for each of (vocab_size / 4096 + 2) * (last_row - first_row) panels, 4 for each of R and N.
 SVPO_CUDA_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
              const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
              int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap, float* logp,
-             float* row_max, float* row_logsum, float* entropy, int unit, int unit_only, void* scratch,
+             float* row_max, float* row_logsum, float* entropy, int unit, int unit_only, int clusters, void* scratch,
              int64_t scratch_bytes);
 
 // out, which may be z: the whole gradient of rows [first_row, last_row) of z, for upstreams g (N,) and G (R,) of the

@@ -32,10 +32,12 @@ FLAGS = [
     "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 ]
 
-# (order, multiprocessors): 0 ascending, 1 descending, others shuffled by this seed. With one multiprocessor a block
-# takes all panels of a row, with 132 of them there is a block for every panel.
+# (order, multiprocessors, compute capability): 0 ascending, 1 descending, others shuffled by this seed. With one
+# multiprocessor a block takes all panels of a row, with 132 of them there is a block for every panel; from 9.0 on a
+# cluster may hold the row.
 SCHEDULES = {
-    "ascending": (0, 132), "descending": (1, 1), "shuffled2": (2, 132), "shuffled3": (3, 2), "shuffled4": (4, 1)
+    "ascending": (0, 132, 80), "descending": (1, 1, 90), "shuffled2": (2, 132, 80), "shuffled3": (3, 2, 120),
+    "shuffled4": (4, 1, 90),
 }
 
 

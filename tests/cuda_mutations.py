@@ -36,6 +36,12 @@ LINEAR = (
     "shuffled2 and (every_row_branches or again or form or (values and (bias or branching or padded or softcap) and "
     "(recompute or frozen)))",
 )
+# Two schedules of a device that has clusters, with one and with two multiprocessors.
+CLUSTERS = (
+    ["cuda_checks.py"],
+    "(descending or shuffled3) and (cluster_holds or same_bits or than_lanes or (common_cases and (branching or "
+    "padded)))",
+)
 LOSS = (
     ["cuda_small_checks.py", "test_svpo_loss.py"],
     "shuffled2 and cuda and (slopes or exist or counts or ties or left_out or ((terms or metrics) and (per_pair or "
@@ -131,6 +137,31 @@ MUTANTS = [
     Mutant("linear_rows.cu", "float* const factors = reinterpret_cast<float*>(partial + partials);",
            "float* const factors = reinterpret_cast<float*>(partial + 1);", LINEAR,
            survives="the kernel that reads the partial sums has ended when the factors are written"),
+    # rows held by clusters
+    Mutant("cluster_rows.cu", "  sync_cluster();\n  if (rank == 0", "  if (rank == 0", CLUSTERS),
+    Mutant("cluster_rows.cu", "  sync_cluster();\n  Factors by", "  Factors by", CLUSTERS),
+    Mutant("cluster_rows.cu", "  sync_cluster();\n  Factors by", "  sync_threads();\n  Factors by", CLUSTERS),
+    Mutant("cluster_rows.cu", "if (rank == 0 && ", "if (rank == 1 && ", CLUSTERS,
+           survives="one block of the cluster does the scalars, whichever: all have at least two"),
+    Mutant("cluster_rows.cu", "rank = static_cast<int>(block_x() % blocks);", "rank = 0;", CLUSTERS),
+    Mutant("cluster_rows.cu", "kept * kWide * kColumns<mode> * static_cast<int64_t>(sizeof(T))",
+           "kept * kWide * kColumns<mode>", CLUSTERS),
+    Mutant("cluster_rows.cu", "begin + kept < panels ? kept : panels - begin", "kept", CLUSTERS),
+    Mutant("cluster_rows.cu", "panel * kLoads * kWide + thread_x(), by", "thread_x(), by", CLUSTERS),
+    Mutant("cluster_rows.cu", "to + k * kWide * kPack<T>", "to + k * kWide", CLUSTERS),
+    Mutant("cluster_rows.cu", "out.whole(first) && out.whole(", "out.whole(", CLUSTERS),
+    Mutant("cluster_rows.cu", "kEntropy>(own, slots, panel % 2", "kEntropy>(own, slots, 0", CLUSTERS),
+    Mutant("cluster_rows.cu", "partials + ((begin + panel) * rows.count + i)", "partials + (panel * rows.count + i)",
+           CLUSTERS),
+    Mutant("cluster_rows.cu", "const bool scored = plan.rows[r] >= 0;", "const bool scored = true;", CLUSTERS),
+    Mutant("cluster_rows.cu", "if (out.has(label) && holds", "if (holds", CLUSTERS),
+    Mutant("cluster_rows.cu", "if (capability < 90 || panels < 2)", "if (panels < 2)", CLUSTERS),
+    Mutant("cluster_rows.cu", "kept * panel_bytes > room", "panel_bytes > room", CLUSTERS),
+    Mutant("row_scalars.cuh", "if (kLanes > 1) top = warp_max(top);", "", CLUSTERS),
+    Mutant("row_scalars.cuh", "shuffle(sum, other)", "shuffle(sum, 0)", CLUSTERS),
+    Mutant("row_scalars.cuh", "shuffle(moment, other)", "shuffle(moment, 0)", CLUSTERS),
+    Mutant("row_scalars.cuh", "k < panels; k += kLanes) {", "k < 1; k += kLanes) {", CLUSTERS),
+    Mutant("row_scalars.cuh", "k = lane; k < panels; k += kLanes)", "k = lane; k < kLanes; k += kLanes)", CLUSTERS),
     # the small ops
     Mutant("small.cuh", "i < 0 || i >= size", "i < 0 || i > size", LOSS),
     Mutant("small.cuh", "  sync_threads();\n", "", LOSS),

@@ -25,8 +25,10 @@ PINS = Path(__file__).with_name("cuda_pins.json")
 # The kernels that move rows of V or D columns: (16-byte loads, 16-byte stores) they must have.
 ROW_KERNELS = {
     "statistics_kernel": (True, False), "gradient_kernel": (True, True), "head_kernel": (True, False),
-    "head_hidden_kernel": (True, True), "head_weight_kernel": (True, False),
+    "head_hidden_kernel": (True, True), "head_weight_kernel": (True, False), "cluster_rows_kernel": (True, True),
 }
+# Kernels of thread-block clusters: empty before sm_90.
+CLUSTER_KERNELS = {"cluster_rows_kernel"}
 
 
 class Kernel(NamedTuple):

@@ -72,7 +72,12 @@ def test_small_ops(emulated: dict[str, str]) -> None:
 
 
 def test_what_only_the_emulation_shows(emulated: dict[str, str]) -> None:
-    assert emulate(emulated, "cuda_checks.py", "test") >= 250
+    assert emulate(emulated, "cuda_checks.py", "test and not common_cases") >= 330
+
+
+def test_rows_in_clusters(emulated: dict[str, str]) -> None:
+    """On devices that have clusters: sm_90 with one multiprocessor, sm_120 with two."""
+    assert emulate(emulated, "cuda_checks.py", "common_cases and (descending or shuffled3)") >= 70
 
 
 def test_the_sanitizer_sees_the_tensors(emulated: dict[str, str]) -> None:

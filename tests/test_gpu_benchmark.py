@@ -73,6 +73,12 @@ def test_heads_of_ours_and_peers_agree() -> None:
                     assert gpu.judge(function(), exact) < 1e-5, (name, variant)
 
 
+def test_the_race_of_clusters_turns_them_on() -> None:
+    seen = []
+    gpu._in_clusters(lambda: seen.append(gpu.cuda_head.CLUSTERS))()
+    assert seen == [True] and not gpu.cuda_head.CLUSTERS
+
+
 def test_dry_run_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "new" / "dry.json"
     assert gpu.main(["--dry-run", "--only", "prm", "--seconds", "0.001", "--output", str(path)]) == 0

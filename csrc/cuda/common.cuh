@@ -30,6 +30,10 @@ struct Grid { int64_t x, y; };
 #define SVPO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SVPO_DEVICE __device__ __forceinline__
 #define SVPO_SHARED(type, name, count) __shared__ type name[count]
+// `count` elements in the bytes that launch_clusters was given; one such array a kernel.
+#define SVPO_DYNAMIC_SHARED(type, name, count)                            \
+  extern __shared__ __align__(16) unsigned char svpo_dynamic_shared[];    \
+  type* const name = reinterpret_cast<type*>(svpo_dynamic_shared)
 
 namespace {
 
@@ -61,6 +65,17 @@ SVPO_DEVICE int64_t block_y() { return blockIdx.y; }
 SVPO_DEVICE int64_t grid_y() { return gridDim.y; }
 SVPO_DEVICE void sync_threads() { __syncthreads(); }
 SVPO_DEVICE void sync_warp() { __syncwarp(); }
+// Thread-block clusters came with sm_90; a kernel of theirs is empty before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+SVPO_DEVICE constexpr bool has_clusters() { return false; }
+SVPO_DEVICE void sync_cluster() {}
+#else
+SVPO_DEVICE constexpr bool has_clusters() { return true; }
+// A barrier of all threads of a cluster's blocks; what was written before it, in global memory too, is seen behind it.
+SVPO_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#endif
 // The value of lane (lane ^ offset), and of lane `lane`; all lanes take part.
 template <class V> SVPO_DEVICE V shuffle_xor(V value, int offset) { return __shfl_xor_sync(0xffffffffu, value, offset); }
 template <class V> SVPO_DEVICE V shuffle(V value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -116,6 +131,30 @@ int launch(const char* name, void (*kernel)(P...), Grid grid, int threads, Queue
   return cuda_status(name, cudaGetLastError());
 }
 
+// The same in clusters of `cluster` blocks along x, each block with bytes of shared memory for SVPO_DYNAMIC_SHARED.
+template <class... P, class... A>
+int launch_clusters(const char* name, void (*kernel)(P...), Grid grid, int cluster, int threads, int64_t shared_bytes,
+                    Queue queue, A... arguments) {
+  if (grid.x <= 0 || grid.y <= 0) return SVPO_OK;
+  if (grid.x > INT32_MAX || grid.y > 65535) return svpo_cuda_fail(name, "more blocks than a grid can have");
+  const DeviceGuard guard(queue.device);
+  if (guard.error != cudaSuccess) return cuda_status(name, guard.error);
+  const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+  if (allowed != cudaSuccess) return cuda_status(name, allowed);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cuda_status(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 // Sets every byte of a buffer, in stream order.
 inline int fill_bytes(void* to, int byte, int64_t bytes, Queue queue) {
   if (bytes <= 0) return SVPO_OK;
@@ -139,6 +178,16 @@ inline int processors(int device) {
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0) return count;
   (void)cudaGetLastError();  // the launch will say what is wrong
   return 1;
+}
+
+// 10 * major + minor of a device's compute capability; 0 where the driver does not say.
+inline int capability(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
+    return 10 * major + minor;
+  (void)cudaGetLastError();
+  return 0;
 }
 
 }  // namespace

@@ -135,7 +135,7 @@ extern "C" int svpo_cuda_linear_rows(
     void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, const int64_t* rows,
     const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
     int64_t vocab_size, double temperature, double softcap, float* logp, float* row_max, float* row_logsum,
-    float* entropy, int unit, int unit_only, void* scratch, int64_t scratch_bytes, int device, void* stream) {
+    float* entropy, int unit, int unit_only, int clusters, void* scratch, int64_t scratch_bytes, int device, void* stream) {
   const int64_t count = last_row - first_row, partials = panels(dtype, vocab_size, softcap) * count;
   const Queue queue = {device, stream};
   const Plan plan = {rows, row_start, labels, first, R, N};
@@ -147,6 +147,10 @@ extern "C" int svpo_cuda_linear_rows(
   Partial* const partial = static_cast<Partial*>(scratch);
   float* const factors = reinterpret_cast<float*>(partial + partials);
   const RowFactors by = {factors, factors + R, nullptr, nullptr};
+  if (unit && !unit_only && clusters) {
+    const int64_t kept = kept_in_cluster(dtype, vocab_size, softcap, count, capability(device), processors(device));
+    if (kept) return cluster_rows(chunk, plan, first_row, kept, options, stats, partial, by, queue);
+  }
   int status = unit_only ? SVPO_OK : statistics(chunk, plan, first_row, count, true, options, stats, partial, queue);
   if (status == SVPO_OK && unit)
     status = row_targets(chunk, plan, first_row, count, true, options, stats, nullptr, by, nullptr, queue);

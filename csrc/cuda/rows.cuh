@@ -81,6 +81,15 @@ int row_targets(const Source& source, const Plan& plan, int64_t first_row, int64
 int entropy_targets(const Plan& plan, int64_t first_row, int64_t count, const Options& options, const Stats& stats,
                     const RowUpstream& upstream, const RowFactors& to, Queue queue);
 
+// Panels of a row that each block of a cluster keeps between statistics and gradient; 0 where that is not possible or does
+// not pay: pure, of shape and device alone.
+int64_t kept_in_cluster(int dtype, int64_t V, double softcap, int64_t rows, int capability, int processors);
+
+// statistics, row_targets and gradient of a chunk in one: statistics, and U in the place of z, each element read and
+// written once.
+int cluster_rows(const Source& chunk, const Plan& plan, int64_t first_row, int64_t kept, const Options& options,
+                 const Stats& stats, Partial* partials, const RowFactors& to, Queue queue);
+
 // Every row of `target` from the row of `source` of the same index, in place too; zeros where nothing is scored. owner:
 // the plan row of each, or -1; null: row i belongs to plan row first_row + i.
 int gradient(const Source& source, const Source& target, const Plan& plan, int64_t first_row, const int64_t* owner,

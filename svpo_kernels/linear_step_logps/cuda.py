@@ -10,6 +10,12 @@ from ..plan import PlanTensors, row_of_prediction
 from ..step_logps.cuda import panel_bytes, scratch
 from . import products
 
+# Whether rows may stay on chip between statistics and unit gradient (csrc/cuda/cluster_rows.cu): the same bits either
+# way. Off until a GPU has decided. Estimated, not measured: two passes over z for three save at most 0.49 ms of 23 at
+# 8192 x 128256 bf16, and k blocks an SM break even only where a row, with two barriers and its scalars, takes no more
+# than 2.96 k us. benchmarks/gpu.py races both.
+CLUSTERS = False
+
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _native.supports_cuda(op, device, dtype)
@@ -50,7 +56,7 @@ def _linear_rows(
     _native.cuda().linear_rows(
         z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + count, *_rows(plan),
         label_z0.data_ptr(), V, temperature, softcap, logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
-        _native.pointer(entropy), int(unit), int(unit_only), room.data_ptr(), room.numel(),
+        _native.pointer(entropy), int(unit), int(unit_only), int(CLUSTERS), room.data_ptr(), room.numel(),
         *_native.device_and_stream(z))
 
 

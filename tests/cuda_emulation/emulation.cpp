@@ -14,7 +14,7 @@
 
 #include <algorithm>
 #include <random>
-#include <unordered_map>
+#include <map>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -60,10 +60,11 @@ int64_t now_block_x, now_block_y, now_grid_y;
 namespace {
 
 constexpr size_t kStack = 256 << 10;  // AddressSanitizer writes its report on the stack it finds
-constexpr int kMostThreads = 1024, kLanes = 32;
+constexpr int kMostThreads = 1024, kMostBlocks = 8, kLanes = 32;  // of a block, of a cluster, of a warp
 
-enum Wait { kReady, kBarrier, kWarpBarrier, kExchange, kDone };
-const char* const kWaits[] = {"runs", "waits at a barrier", "waits at a warp barrier", "waits in a warp operation", "has ended"};
+enum Wait { kReady, kBarrier, kWarpBarrier, kExchange, kClusterBarrier, kDone };
+const char* const kWaits[] = {"runs", "waits at a barrier", "waits at a warp barrier", "waits in a warp operation",
+                             "waits at a cluster barrier", "has ended"};
 
 struct Fibre {
   char* stack = nullptr;
@@ -80,20 +81,25 @@ struct Warp {
   uint64_t words[2][kLanes] = {};  // of this exchange and the one before, which slow lanes still read
 };
 
-Fibre fibres[kMostThreads];
+Fibre fibres[kMostBlocks * kMostThreads];
 std::vector<Warp> warps;
-std::unordered_map<const void*, Array> arrays;
+std::map<std::pair<const void*, int>, Array> arrays;  // of each block of a cluster
 const std::function<void()>* body;
 void* scheduler;
 const void* scheduler_stack;
 size_t scheduler_size;
-int threads, schedule = 0, processor_count = 132;
-int64_t interval;  // barriers passed
-int64_t serial;    // blocks begun
+int threads, total, schedule = 0, processor_count = 132, device_capability = 80;  // threads of a block, of a cluster
+int now_rank;                    // the running thread's block in its cluster
+int64_t now_first_x;             // the cluster's first block
+int64_t intervals[kMostBlocks];  // barriers passed by each block
+int64_t serial;                  // clusters begun
+int64_t dynamic_bytes;
 char error[200];
 
+int now_fibre() { return now_rank * threads + now_thread; }
+
 void to_fibre(int t) {
-  now_thread = t;
+  now_thread = t % threads, now_rank = t / threads, now_block_x = now_first_x + now_rank;
   void* fake = nullptr;
   SVPO_ASAN(__sanitizer_start_switch_fiber(&fake, fibres[t].stack, kStack));
   svpo_switch_stack(&scheduler, fibres[t].pointer);
@@ -102,7 +108,7 @@ void to_fibre(int t) {
 }
 
 void to_scheduler(bool last) {
-  Fibre& own = fibres[now_thread];
+  Fibre& own = fibres[now_fibre()];
   SVPO_ASAN(__sanitizer_start_switch_fiber(last ? nullptr : &own.fake_stack, scheduler_stack, scheduler_size));
   svpo_switch_stack(&own.pointer, scheduler);
   SVPO_ASAN(__sanitizer_finish_switch_fiber(own.fake_stack, &scheduler_stack, &scheduler_size));
@@ -112,7 +118,7 @@ void to_scheduler(bool last) {
 __attribute__((no_sanitize("address"))) void enter() {
   SVPO_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size));
   (*body)();
-  fibres[now_thread].wait = kDone;
+  fibres[now_fibre()].wait = kDone;
   to_scheduler(true);
   __builtin_trap();
 }
@@ -133,7 +139,7 @@ void start(int t) {
 }
 
 void wait(Wait why, int line) {
-  fibres[now_thread].wait = why, fibres[now_thread].line = line;
+  fibres[now_fibre()].wait = why, fibres[now_fibre()].line = line;
   to_scheduler(false);
 }
 
@@ -154,7 +160,7 @@ void report(int first, int last) {
 bool release() {
   bool any = false;
   for (size_t w = 0; w < warps.size(); ++w) {
-    const int first = static_cast<int>(w) * kLanes, last = std::min(first + kLanes, threads);
+    const int first = static_cast<int>(w) * kLanes, last = std::min(first + kLanes, total);
     const bool together = std::all_of(fibres + first, fibres + last, [&](const Fibre& fibre) {
       return fibre.wait == fibres[first].wait && fibre.line == fibres[first].line;
     });
@@ -163,14 +169,20 @@ bool release() {
     for (int t = first; t < last; ++t) fibres[t].wait = kReady;
     any = true;
   }
-  if (any) return true;
-  const bool together = std::all_of(fibres, fibres + threads, [&](const Fibre& fibre) {
-    return fibre.wait == kBarrier && fibre.line == fibres[0].line;
-  });
-  if (!together) return false;
-  ++interval;
-  for (int t = 0; t < threads; ++t) fibres[t].wait = kReady;
-  return true;
+  // A block at its barrier does not wait for the warps of another.
+  const auto together = [](int first, int last, Wait why) {
+    return std::all_of(fibres + first, fibres + last, [&](const Fibre& fibre) {
+      return fibre.wait == why && fibre.line == fibres[first].line;
+    });
+  };
+  const bool all = together(0, total, kClusterBarrier);
+  for (int first = 0; first < total; first += threads) {
+    if (!all && !together(first, first + threads, kBarrier)) continue;
+    ++intervals[first / threads];
+    for (int t = first; t < first + threads; ++t) fibres[t].wait = kReady;
+    any = true;
+  }
+  return any;
 }
 
 std::vector<int64_t> ordered(int64_t count, std::mt19937& random) {
@@ -180,20 +192,21 @@ std::vector<int64_t> ordered(int64_t count, std::mt19937& random) {
   return order;
 }
 
-void run_block(const std::vector<int64_t>& order) {
-  interval = 0;
-  warps.assign((threads + kLanes - 1) / kLanes, Warp());
+void run_cluster(const std::vector<int64_t>& order) {
+  std::fill(intervals, intervals + kMostBlocks, 0);
+  warps.assign((total + kLanes - 1) / kLanes, Warp());
   ++serial;
-  for (int t = 0; t < threads; ++t) start(t);
+  for (int t = 0; t < total; ++t) start(t);
   for (;;) {
     for (const int64_t t : order) {
       if (fibres[t].wait == kReady) to_fibre(static_cast<int>(t));
       if (error[0]) return;
     }
-    if (std::all_of(fibres, fibres + threads, [](const Fibre& fibre) { return fibre.wait == kDone; })) return;
+    if (std::all_of(fibres, fibres + total, [](const Fibre& fibre) { return fibre.wait == kDone; })) return;
     if (release()) continue;
-    for (int first = 0; first < threads && !error[0]; first += kLanes) report(first, std::min(first + kLanes, threads));
-    if (!error[0]) report(0, threads);
+    for (int first = 0; first < total && !error[0]; first += kLanes) report(first, std::min(first + kLanes, total));
+    for (int first = 0; first < total && !error[0]; first += threads) report(first, first + threads);
+    if (!error[0]) report(0, total);
     return;
   }
 }
@@ -204,22 +217,27 @@ bool same_warp(int a, int b) { return a / kLanes == b / kLanes; }
 
 void barrier(int line) { wait(kBarrier, line); }
 void warp_barrier(int line) { wait(kWarpBarrier, line); }
+void cluster_barrier(int line) { wait(kClusterBarrier, line); }
+
+void check_dynamic(int64_t bytes, int line) {
+  if (bytes > dynamic_bytes) fail("more than the launch gave", "bytes", bytes, line);
+}
 
 uint64_t exchange(uint64_t bits, int source, int line) {
-  const int t = now_thread, lane = t % kLanes;
+  const int t = now_fibre(), lane = t % kLanes;
   const int64_t turn = warps[t / kLanes].turn[lane]++;
   warps[t / kLanes].words[turn % 2][lane] = bits;
   wait(kExchange, line);
-  if (source < 0 || source >= std::min(kLanes, threads - t / kLanes * kLanes)) fail("no such lane", "", source, line);
+  if (source < 0 || source >= std::min(kLanes, total - t / kLanes * kLanes)) fail("no such lane", "", source, line);
   return warps[t / kLanes].words[turn % 2][source];
 }
 
 uint32_t vote(bool yes, int line) {
   uint32_t lanes = 0;
-  const int64_t turn = warps[now_thread / kLanes].turn[now_thread % kLanes];
+  const int64_t turn = warps[now_fibre() / kLanes].turn[now_fibre() % kLanes];
   exchange(yes, now_thread % kLanes, line);
   for (int lane = 0; lane < kLanes; ++lane)
-    lanes |= static_cast<uint32_t>(warps[now_thread / kLanes].words[turn % 2][lane] & 1) << lane;
+    lanes |= static_cast<uint32_t>(warps[now_fibre() / kLanes].words[turn % 2][lane] & 1) << lane;
   return lanes;
 }
 
@@ -231,7 +249,7 @@ void fail(const char* what, const char* name, int64_t index, int line) {
 }
 
 Array& shared_array(const void* key, int64_t count, int64_t item_bytes, const char* name) {
-  Array& array = arrays[key];
+  Array& array = arrays[{key, now_rank}];
   if (array.block == serial) return array;
   array.block = serial, array.name = name;
   array.accesses.assign(static_cast<size_t>(count), Access());
@@ -242,7 +260,7 @@ Array& shared_array(const void* key, int64_t count, int64_t item_bytes, const ch
 void check_read(Array& array, int64_t index, int line) {
   Access& access = array.accesses[static_cast<size_t>(index)];
   const int t = now_thread;
-  const int64_t own = warps[t / kLanes].interval;
+  const int64_t own = warps[now_fibre() / kLanes].interval, interval = intervals[now_rank];
   if (access.writer < 0) fail("read before it was written", array.name, index, line);
   if (access.writer != t && access.write_block == interval &&
       !(same_warp(access.writer, t) && access.write_warp < own))
@@ -258,7 +276,7 @@ void check_read(Array& array, int64_t index, int line) {
 void check_write(Array& array, int64_t index, int line) {
   Access& access = array.accesses[static_cast<size_t>(index)];
   const int t = now_thread;
-  const int64_t own = warps[t / kLanes].interval;
+  const int64_t own = warps[now_fibre() / kLanes].interval, interval = intervals[now_rank];
   if (access.writer >= 0 && access.writer != t && access.write_block == interval &&
       !(same_warp(access.writer, t) && access.write_warp < own))
     fail("written by two threads, no barrier in between", array.name, index, line);
@@ -268,26 +286,35 @@ void check_write(Array& array, int64_t index, int line) {
   access.writer = t, access.write_block = interval, access.write_warp = own;
 }
 
-int run(const char* name, int64_t blocks_x, int64_t blocks_y, int block_threads, const std::function<void()>& thread_body) {
+int run(const char* name, int64_t blocks_x, int64_t blocks_y, int cluster, int block_threads, int64_t shared_bytes,
+        const std::function<void()>& thread_body) {
+  if (cluster < 1 || cluster > kMostBlocks || blocks_x % cluster || (cluster > 1 && block_threads % kLanes))
+    return svpo_cuda_fail(name, "a cluster has 1 to 8 blocks of whole warps, and divides the grid");
+  if (cluster > 1 && device_capability < 90) return svpo_cuda_fail(name, "this device has no clusters");
+  if (shared_bytes > (device_capability < 90 ? 99 : 227) * 1024) return svpo_cuda_fail(name, "too much shared memory");
   if (block_threads < 1 || block_threads > kMostThreads) return svpo_cuda_fail(name, "a block has 1 to 1024 threads");
   static std::mt19937 random;
   random.seed(static_cast<unsigned>(schedule));
-  threads = block_threads, body = &thread_body, now_grid_y = blocks_y, error[0] = 0;
-  for (const int64_t block : ordered(blocks_x * blocks_y, random)) {
-    now_block_x = block % blocks_x, now_block_y = block / blocks_x;
-    run_block(ordered(threads, random));
+  threads = block_threads, total = cluster * threads, body = &thread_body, now_grid_y = blocks_y, error[0] = 0;
+  dynamic_bytes = shared_bytes;
+  for (const int64_t block : ordered(blocks_x / cluster * blocks_y, random)) {
+    now_first_x = block % (blocks_x / cluster) * cluster, now_block_y = block / (blocks_x / cluster);
+    run_cluster(ordered(total, random));
     if (!error[0]) continue;
-    for (int t = 0; t < threads; ++t) SVPO_ASAN(__asan_unpoison_memory_region(fibres[t].stack, kStack));
+    for (int t = 0; t < total; ++t) SVPO_ASAN(__asan_unpoison_memory_region(fibres[t].stack, kStack));
     return svpo_cuda_fail(name, error);
   }
   return SVPO_OK;
 }
 
 int processors() { return processor_count; }
+int capability() { return device_capability; }
 
 }  // namespace emulation
 
-// Schedules: 0 ascending, 1 descending, above that shuffled with this seed. Processors decide how rows are shared out.
-extern "C" void svpo_emulation_schedule(int schedule, int processors) {
+// Schedules: 0 ascending, 1 descending, above that shuffled with this seed. Processors and the compute capability
+// (10 * major + minor) decide how rows are shared out.
+extern "C" void svpo_emulation_schedule(int schedule, int processors, int capability) {
   emulation::schedule = schedule, emulation::processor_count = processors;
+  emulation::device_capability = capability;
 }

@@ -13,6 +13,11 @@
   static const char name##_key = 0;                         \
   const emulation::Shared<type> name(&name##_key, (count), #name)
 
+#define SVPO_DYNAMIC_SHARED(type, name, count)              \
+  static const char name##_key = 0;                         \
+  emulation::check_dynamic((count) * static_cast<int64_t>(sizeof(type)), __LINE__); \
+  const emulation::Shared<type> name(&name##_key, (count), #name)
+
 #define SVPO_LINE int line = __builtin_LINE()
 
 struct uint4 { uint32_t x, y, z, w; };
@@ -26,14 +31,19 @@ extern int64_t now_block_x, now_block_y, now_grid_y;
 
 void barrier(int line);
 void warp_barrier(int line);
+void cluster_barrier(int line);
+// Fails when a block asks for more shared memory than it was launched with.
+void check_dynamic(int64_t bytes, int line);
 // Hands `bits` to the warp, waits for all its lanes, and returns what lane `source` handed in.
 uint64_t exchange(uint64_t bits, int source, int line);
 uint32_t vote(bool yes, int line);
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* what, const char* name, int64_t index, int line);
-// Runs body() for every thread of every block, in the order of the schedule in force.
-int run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads, const std::function<void()>& body);
+// Runs body() for every thread of every block, in the order of the schedule in force; the blocks of a cluster at once.
+int run(const char* name, int64_t blocks_x, int64_t blocks_y, int cluster, int threads, int64_t shared_bytes,
+        const std::function<void()>& body);
 int processors();
+int capability();
 
 // -- shared memory -----------------------------------------------------------------------------------------------------
 
@@ -130,6 +140,8 @@ inline int64_t block_x() { return emulation::now_block_x; }
 inline int64_t block_y() { return emulation::now_block_y; }
 inline int64_t grid_y() { return emulation::now_grid_y; }
 inline void sync_threads(SVPO_LINE) { emulation::barrier(line); }
+inline constexpr bool has_clusters() { return true; }
+inline void sync_cluster(SVPO_LINE) { emulation::cluster_barrier(line); }
 inline void sync_warp(SVPO_LINE) { emulation::warp_barrier(line); }
 template <class V> V shuffle_xor(V value, int offset, SVPO_LINE) {
   return emulation::from_word<V>(emulation::exchange(emulation::to_word(value), (thread_x() % 32) ^ offset, line));
@@ -160,7 +172,14 @@ template <class... P, class... A>
 int launch(const char* name, void (*kernel)(P...), Grid grid, int threads, Queue, A... arguments) {
   if (grid.x <= 0 || grid.y <= 0) return SVPO_OK;
   if (grid.x > INT32_MAX || grid.y > 65535) return svpo_cuda_fail(name, "more blocks than a grid can have");
-  return emulation::run(name, grid.x, grid.y, threads, [&] { kernel(arguments...); });
+  return emulation::run(name, grid.x, grid.y, 1, threads, 0, [&] { kernel(arguments...); });
+}
+
+template <class... P, class... A>
+int launch_clusters(const char* name, void (*kernel)(P...), Grid grid, int cluster, int threads, int64_t shared_bytes,
+                    Queue, A... arguments) {
+  if (grid.x <= 0 || grid.y <= 0) return SVPO_OK;
+  return emulation::run(name, grid.x, grid.y, cluster, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
 inline int fill_bytes(void* to, int byte, int64_t bytes, Queue) {
@@ -174,5 +193,6 @@ inline int copy_bytes(void* to, const void* from, int64_t bytes, Queue) {
 }
 
 inline int processors(int) { return emulation::processors(); }
+inline int capability(int) { return emulation::capability(); }
 
 }  // namespace

@@ -7,7 +7,7 @@ constexpr int kThreads = 64;
 
 enum Fault {
   kNone, kNoBarrier, kNoWarpBarrier, kNotWritten, kTwoWriters, kSharedIndex, kDivergentBarrier, kEarlyExit,
-  kDivergentShuffle, kNoSuchLane, kMisaligned, kGlobalIndex
+  kDivergentShuffle, kNoSuchLane, kMisaligned, kGlobalIndex, kEarlyBlock, kDivergentCluster, kSharedBytes
 };
 
 // data (kThreads,): each thread's number, reversed through shared memory.
@@ -27,7 +27,25 @@ SVPO_KERNEL(kThreads, 1) fault_kernel(float* data) {
   data[fault == kGlobalIndex ? t + 1 : t] = first;
 }
 
+// data (2 * kThreads,): each thread's number, reversed by two blocks of a cluster; between the barriers it is another's.
+template <int fault>
+SVPO_KERNEL(kThreads, 1) cluster_fault_kernel(float* data) {
+  SVPO_DYNAMIC_SHARED(float, slots, kThreads + (fault == kSharedBytes));
+  const int64_t t = block_x() * kThreads + thread_x(), other = 2 * kThreads - 1 - t;
+  slots[thread_x()] = data[other];
+  if (fault == kEarlyBlock && block_x() == 1) return;
+  if (fault == kDivergentCluster && t == 70) sync_threads();
+  sync_cluster();
+  data[t] = slots[thread_x()];
+}
+
 }  // namespace
+
+extern "C" int svpo_cluster_fault(int fault, float* data) {
+  void (*const kernels[])(float*) = {cluster_fault_kernel<kNone>, cluster_fault_kernel<kEarlyBlock>,
+                                     cluster_fault_kernel<kDivergentCluster>, cluster_fault_kernel<kSharedBytes>};
+  return launch_clusters("fault", kernels[fault], Grid{2, 1}, 2, kThreads, kThreads * 4, Queue{0, nullptr}, data);
+}
 
 extern "C" int svpo_fault(int fault, float* data) {
   void (*const kernels[])(float*) = {
