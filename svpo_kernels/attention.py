@@ -227,5 +227,6 @@ def _rope_reason(config: Any, shortest: int, longest: int) -> str | None:
         unequal = shortest <= limit if kind == "longrope" else kind == "dynamic" and shortest < longest
         if longest > limit and unequal:
             return (f"the RoPE of {layer} layer is of type {kind!r}: above {limit} positions it depends on the length "
-                    f"of the run, and the paths have {shortest} to {longest} tokens")
+                    f"of the run, and the paths have {shortest} to {longest} tokens; padded batches of them differ "
+                    f"from separate runs too, paths of at most {limit} tokens (max_path_tokens) do not")
     return None

@@ -114,6 +114,7 @@ def test_length_dependent_rope_is_refused_only_where_it_bites():
         assert short.path_lengths == (12, 12) and check_packing(model, short).error <= 1e-5
         assert unpackable(model, (17, 18)) is None if name == "longrope" else "dynamic" in unpackable(model, (17, 18))
         assert "longrope" in unpackable(model, (16, 17)) if name == "longrope" else unpackable(model, (17, 17)) is None
+        assert "paths of at most 16 tokens (max_path_tokens) do not" in unpackable(model, (16, 17))
 
 
 def test_wrong_models_that_the_config_does_not_tell_are_found_by_their_numbers():

@@ -174,7 +174,7 @@ class SVPOTrainer(SavingMixin, Trainer):
         except PackingError as error:
             if self.config.packing_fallback != "distinct":
                 raise PackingError(
-                    f"{error}. Set packing=distinct (each distinct sequence once, the same gradients), or "
+                    f"{error}. Set packing=distinct (each distinct sequence once, under the model's own mask), or "
                     "packing_fallback=distinct to do so by itself"
                 ) from error
             print(f"svpo train: falling back to packing=distinct: {error}")
