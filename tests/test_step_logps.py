@@ -178,7 +178,7 @@ def test_rows_without_a_distribution_are_nan(backend: str, device: str, value: f
     assert out.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_huge_logits_are_logits(backend: str, device: str, temperature: float) -> None:
     """Masks of finfo.min, 1e30 or -1e9: beside the label alone, beside others, everywhere. As eager fp32 has them."""

@@ -135,7 +135,7 @@ SVPO_DEVICE void load_panel(const Run<const T>& run, int64_t mine, int skip, T f
 template <bool kEntropy>
 SVPO_DEVICE Partial rescaled(Partial part, float m) {
   if (part.s == 0.0f) return {m, 0.0f, 0.0f};
-  const float shift = part.m - finite_max(m), factor = exp_(shift);
+  const float shift = finite_exponent(part.m - finite_max(m)), factor = exp_(shift);
   return {m, part.s * factor, kEntropy ? fmaf(shift, part.s, part.t) * factor : 0.0f};
 }
 

@@ -89,6 +89,9 @@ SVPO_DEVICE void finish_row(const Logits<T>& logits, const Plan& plan, int64_t i
   }
   top = fmaxf(top, static_cast<float>(best));
   const double m = top == -INFINITY ? 0.0 : top;
+  // z - m; from 2^30 on, where fp32 numbers are 64 apart, z counts as rounded as m is, so that equals stay equal.
+  const bool huge = fabsf(top) >= 1073741824.0f;
+  auto shifted = [&](double z) { return (huge ? static_cast<double>(static_cast<float>(z)) : z) - m; };
   // The likeliest label comes last, so that its log-prob sees the sum of all others as it is.
   double others = 0.0, weighted = 0.0;  // sums of exp(z - m), and of exp(z - m) (z - m)
   for (int64_t k = 0; k < panels; k += kLanes) {
@@ -106,15 +109,15 @@ SVPO_DEVICE void finish_row(const Logits<T>& logits, const Plan& plan, int64_t i
   }
   if (lane != 0) return;
   for (int64_t n = own.start; n < own.end; ++n)
-    if (n != likely && distinct(plan, n, vocab_size)) others += exp(logits.z(plan, row, n) - m);
-  double s = likely < 0 ? others : others + exp(best - m);
+    if (n != likely && distinct(plan, n, vocab_size)) others += exp(shifted(logits.z(plan, row, n)));
+  double s = likely < 0 ? others : others + exp(shifted(best));
   if (top == -INFINITY) s = others = NAN;
   stats.row_max[r] = top;
   stats.row_logsum[r] = static_cast<float>(log(s));
   for (int64_t n = own.start; n < own.end; ++n) {
     float logp = NAN;
     if (known(plan, n, vocab_size)) {
-      const double z = logits.z(plan, row, plan.first[n]) - m, e = exp(z);
+      const double z = shifted(logits.z(plan, row, plan.first[n])), e = exp(z);
       logp = static_cast<float>(svpo_logp(z, e, plan.first[n] == likely ? others : s - e));
     }
     stats.logp[n] = logp;
@@ -122,7 +125,7 @@ SVPO_DEVICE void finish_row(const Logits<T>& logits, const Plan& plan, int64_t i
   if (!stats.entropy) return;
   for (int64_t n = own.start; n < own.end; ++n) {
     if (!distinct(plan, n, vocab_size)) continue;
-    const double z = logits.z(plan, row, n) - m, e = exp(z);
+    const double z = shifted(logits.z(plan, row, n)), e = exp(z);
     if (e > 0.0) weighted += e * z;
   }
   const double entropy = log(s) - weighted / s;
