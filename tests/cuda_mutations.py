@@ -28,8 +28,8 @@ from processes import TESTS, environment
 STEP_LOGPS = (
     ["cuda_checks.py", "test_step_logps.py"],
     "(shuffled2 or descending) and ((any_alignment and not 8191) or bad_indices or constant or wide or padded_plan or "
-    "(order and odd_large) or (values and (many_steps or long_steps or padded or softcap or branching or confident or "
-    "infinity)))",
+    "(order and odd_large) or huge or (values and (many_steps or long_steps or padded or softcap or branching or "
+    "confident or infinity)))",
 )
 LINEAR = (
     ["cuda_checks.py", "test_linear_step_logps.py"],
@@ -86,8 +86,10 @@ MUTANTS = [
     Mutant("rows.cu", "SVPO_SHARED(Partial, slots, 2 * (kThreads / kWarp))",
            "SVPO_SHARED(Partial, slots, kThreads / kWarp)"),
     Mutant("panels.cuh", "return {m, part.s * factor, ", "return {m, part.s, "),
-    Mutant("panels.cuh", "part.m - finite_max(m), factor", "part.m - m, factor",
+    Mutant("panels.cuh", "finite_exponent(part.m - finite_max(m))", "finite_exponent(part.m - m)",
            survives="a panel that has a sum has a finite maximum, and m is no smaller"),
+    Mutant("panels.cuh", "finite_exponent(part.m - finite_max(m))", "part.m - finite_max(m)"),
+    Mutant("row_scalars.cuh", "huge = fabsf(top) >= 1073741824.0f;", "huge = fabsf(top) > INFINITY;"),
     Mutant("panels.cuh", "return data + (i / L * stride_b + i % L * stride_l);",
            "return data + static_cast<int>(i / L * stride_b + i % L * stride_l);"),
     Mutant("panels.cuh", "if (c == label) z[c] = -INFINITY;", "if (c == label + 1) z[c] = -INFINITY;"),
