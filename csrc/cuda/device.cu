@@ -1,6 +1,6 @@
 #include "device.h"
 
-#include <cuda_runtime.h>
+#include "common.cuh"
 
 int svpo_cuda_runtime_version(void) {
   int version = 0;
@@ -19,11 +19,4 @@ int svpo_cuda_device_count(void) {
   return 0;
 }
 
-int svpo_cuda_capability(int device) {
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
-    return 10 * major + minor;
-  (void)cudaGetLastError();
-  return 0;
-}
+int svpo_cuda_capability(int device) { return capability(device); }
