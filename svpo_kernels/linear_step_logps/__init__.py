@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from .._autograd import once_differentiable
 from .._checks import fail, require_float, require_number, require_positive
-from ..plan import PlanTensors, StepPlan
+from ..plan import PlanTensors, StepPlan, flatten
 from ..step_logps import as_plan, check_bounds, check_options, fake_rows
 from . import modes, shards
 from .inputs import (
@@ -313,9 +313,10 @@ def linear_step_logps(
     out, *found = _LinearStepLogps.apply(
         batched, weight, bias, lora_a, lora_b, temperatures, main, options, backend, *plan
     )
-    if isinstance(labels, Tensor):
-        out = spread(out, labels, step_ids, shift) if reduction == "none" else out
-        found = [spread(values, labels, step_ids, shift) for values in found]
+    if isinstance(labels, Tensor) and (found or reduction == "none"):
+        *_, scored = flatten(labels, step_ids, shift)
+        out = spread(out, scored, labels.shape) if reduction == "none" else out
+        found = [spread(values, scored, labels.shape) for values in found]
     return (out, dict(zip(stats, found, strict=True))) if stats else out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import can_look, fail, require_float, require_no_grad, require_same_device, require_shape
-from ..plan import PlanTensors, StepPlan, flatten, sequences
+from ..plan import PlanTensors, StepPlan, sequences
 from .modes import STATS
 
 
@@ -62,10 +62,11 @@ def compact(
     return PlanTensors(*(index.to(device) for index in plan), bounds)
 
 
-def spread(out: Tensor, labels: Tensor, step_ids: Tensor | None, shift: int) -> Tensor:
-    """(N,) by ascending position -> labels' shape, 0 where unscored."""
-    scored = flatten(labels, step_ids, shift)[-1].to(out.device)
-    return out.new_zeros(scored.shape).masked_scatter(scored, out).view(labels.shape)
+def spread(out: Tensor, scored: Tensor, shape: torch.Size, fill: float = 0) -> Tensor:
+    """(N, ...) by ascending position -> (*shape, ...), `fill` where unscored. scored (T,): `plan.flatten`'s last."""
+    tail = out.shape[1:]
+    scored = scored.to(out.device).view(-1, *(1 for _ in tail)).expand(-1, *tail)
+    return out.new_full(scored.shape, fill).masked_scatter(scored, out).view(*shape, *tail)
 
 
 def check_stats(op: str, stats: Sequence[str]) -> tuple[str, ...]:

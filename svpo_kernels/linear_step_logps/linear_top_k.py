@@ -11,7 +11,7 @@ from .. import dispatch
 from .._checks import fail, require_float, require_number, require_positive, require_size
 from ..plan import PlanTensors, StepPlan, flatten, no_bounds
 from ..step_logps import accumulator, as_plan, check_bounds, check_options
-from .inputs import autocast, check_head, check_lora, compact, require_temperatures, row_temperatures
+from .inputs import autocast, check_head, check_lora, compact, require_temperatures, row_temperatures, spread
 from .top_k import unlabelled
 
 
@@ -117,7 +117,5 @@ def linear_top_k(
         return TopK(ids.view(*rows, k), logps.view(*rows, k))
     if isinstance(labels, StepPlan):
         return TopK(ids, logps)
-    scored = flatten(labels, step_ids, shift)[-1].to(ids.device).unsqueeze(1).expand(-1, k)
-    given = ((ids, -1), (logps, 0.0))
-    spread = (values.new_full(scored.shape, fill).masked_scatter(scored, values) for values, fill in given)
-    return TopK(*(values.view(*labels.shape, k) for values in spread))
+    *_, scored = flatten(labels, step_ids, shift)
+    return TopK(spread(ids, scored, labels.shape, -1), spread(logps, scored, labels.shape))

@@ -47,8 +47,7 @@ def tree_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value:
     """The attention function: query (B, H, T, Dh), key and value (B, Hkv, T, .) -> ((B, T, H, Dv), None)."""
     if not is_tree_mask(attention_mask):
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
-        if softcap is not None or s_aux is not None:
-            options |= {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+        options |= {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
         return other_function(module)(module, query, key, value, attention_mask, **options)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
