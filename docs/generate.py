@@ -39,9 +39,9 @@ RACES = (
 def settings() -> str:
     import transformers
 
-    from svpo_kernels.trainer.config import own_keys
     from svpo_kernels.trainer.keys import table
     from svpo_kernels.trainer.presets import PRESETS, SETTINGS
+    from svpo_kernels.trainer.settings import own_keys
 
     lines = ["# Settings of `svpo train`", "", MADE, "", "| key | default | |", "| --- | --- | --- |"]
     lines += [f"| `{key}` | `{default}` | {cell(text)} |" for key, default, text in own_keys()]

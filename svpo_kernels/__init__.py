@@ -1,58 +1,43 @@
-"""svpo_kernels: fused ops, packed step trees and a trainer for step-level preference and process-reward training."""
+"""svpo_kernels: fused ops, packed step trees and a trainer for step-level preference and process-reward training.
 
-from .dispatch import backends
-from .linear_step_logps import linear_step_logps, linear_top_k
-from .models import head
-from .plan import StepPlan
-from .prm import aggregate_scores, prm_loss, prm_scores, prm_scores_from_lm_head
-from .step_logps import step_logps
-from .step_loss import PRESETS, SVPOLoss, dvo_loss, svpo_loss
-from .step_policy import POLICY_PRESETS, StepPolicyLoss, policy_weights, step_advantages, step_policy_loss
-from .tree_attention import tree_attention
-from .trees.advantages import tree_advantages
-from .trees.attention import PackingError, tree_attention_mask
-from .trees.check import check_packing
-from .trees.flops import choose_max_tokens, count_flops
-from .trees.layers import use_tree_attention
-from .trees.packing import StepBatch, distinct_batch, pack_trees
-from .trees.text import tree_from_text
-from .trees.tree import StepNode, StepTree, select_pairs
-from .version import __version__
+The public names (public.py) are loaded together when the first one is used, because torch takes seconds: the command
+line imports this package too, and answers `--help` or a wrong key before that.
+"""
 
-__all__ = [
-    "POLICY_PRESETS",
-    "PRESETS",
-    "PackingError",
-    "SVPOLoss",
-    "StepBatch",
-    "StepNode",
-    "StepPlan",
-    "StepPolicyLoss",
-    "StepTree",
-    "__version__",
-    "aggregate_scores",
-    "backends",
-    "check_packing",
-    "choose_max_tokens",
-    "count_flops",
-    "distinct_batch",
-    "dvo_loss",
-    "head",
-    "linear_step_logps",
-    "linear_top_k",
-    "pack_trees",
-    "policy_weights",
-    "prm_loss",
-    "prm_scores",
-    "prm_scores_from_lm_head",
-    "select_pairs",
-    "step_advantages",
-    "step_logps",
-    "step_policy_loss",
-    "svpo_loss",
-    "tree_advantages",
-    "tree_attention",
-    "tree_attention_mask",
-    "tree_from_text",
-    "use_tree_attention",
-]
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+# Ops that bear the name of their folder: importing the folder must not put itself in the op's place.
+SAME_NAME = ("linear_step_logps", "step_logps", "tree_attention")
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in SAME_NAME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    private = name.startswith("_") and name != "__all__"
+    if private or (name not in SAME_NAME and importlib.util.find_spec(f"{__name__}.{name}")):  # a file below
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module(f"{__name__}.public")
+    globals().update({each: getattr(public, each) for each in public.__all__}, __all__=[*public.__all__, "__version__"])
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    __getattr__("__all__")
+    return sorted(globals())

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tokenizers_
@@ -18,8 +19,10 @@ from tiny_models import SMALL
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import svpo_kernels as sk
 from svpo_kernels.cli import main as cli
 from svpo_kernels.trainer.config import SVPOConfig
+from svpo_kernels.trainer.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,8 +67,37 @@ def test_train_lists_its_keys():
     assert result.exit_code == 0, result.output
     given = {key: json.loads(value) for key, value in re.findall(r"^(\w+): (\S+)$", result.output, flags=re.M)}
     config = {field.name: field.default for field in dataclasses.fields(SVPOConfig)}
-    assert given == {name: config[name] for name in SVPOConfig.__annotations__}
+    assert given == {name: config[name] for name in Settings.__annotations__}
     assert "values: null\n    Steps whose value is trained: those in pairs (pairs)" in result.output
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "settings.yaml"],
+                                   ["train", "good.yaml", "learning_rat=3"]])
+def test_help_and_a_wrong_key_are_answered_before_torch_is_imported(words, tmp_path):
+    (tmp_path / "settings.yaml").write_text("learning_rat: 3\n")
+    (tmp_path / "good.yaml").write_text("learning_rate: 3\n")
+    code = ("import sys\nfrom svpo_kernels.cli.main import app\ntry:\n    app(sys.argv[1:])\nfinally:\n"
+            "    print('heavy:', [name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path,
+                          env=environment())
+    assert "heavy: []" in done.stdout, done.stderr
+    assert "--help" in words or "unknown key 'learning_rat'" in done.stderr and "'learning_rate'" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["import svpo_kernels.linear_step_logps", "import svpo_kernels.tree_attention.blocks",
+                                   "from svpo_kernels import step_logps", "from svpo_kernels import *",
+                                   "from svpo_kernels.trees import packing", "import svpo_kernels; dir(svpo_kernels)"])
+def test_the_public_names_are_the_same_whatever_is_imported_first(first):
+    code = (f"{first}\nimport svpo_kernels as sk\nassert set(sk.__all__) <= set(dir(sk))\n"
+            "assert all(callable(getattr(sk, name)) for name in sk.__all__ if name.lower() == name != '__version__')\n"
+            "try:\n    sk.no_such_name\nexcept AttributeError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout == "module 'svpo_kernels' has no attribute 'no_such_name'\n", done.stderr
+
+
+def test_ops_with_the_name_of_their_folder_are_known():
+    folders = {path.name for path in Path(sk.__file__).parent.iterdir() if path.is_dir()}
+    assert set(sk.SAME_NAME) == folders & set(sk.__all__)
 
 
 def test_importing_the_package_or_the_command_line_does_not_import_transformers():

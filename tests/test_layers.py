@@ -12,8 +12,8 @@ import svpo_kernels
 ROOT = Path(svpo_kernels.__file__).parent
 FAMILIES = ("step_logps", "linear_step_logps", "step_loss", "step_policy", "prm", "tree_attention")
 # The top floor first. Names on one floor do not import each other, but for these, in their own order.
-FLOORS = (("cli",), ("bench",), ("reasoning", "integrations"), ("trainer",), ("data",), ("trees",), ("models",),
-          FAMILIES, ("plan",), ("dispatch",))
+FLOORS = (("cli",), ("bench",), ("reasoning", "integrations"), ("public",), ("trainer",), ("data",), ("trees",),
+          ("models",), FAMILIES, ("plan",), ("dispatch",))
 WITHIN = {"linear_step_logps": {"step_logps"}}  # its row kernels are step_logps' own
 LOWEST = len(FLOORS)  # underscored files and the version
 ABOVE_ALL = "svpo_kernels"  # the bare package: the public names

@@ -8,7 +8,8 @@ import inspect
 import pytest
 
 from svpo_kernels import PRESETS, svpo_loss
-from svpo_kernels.trainer.config import LOSS_KEYS, ConfigError, SVPOConfig, load_config, valid_keys
+from svpo_kernels.trainer.config import LOSS_KEYS, ConfigError, SVPOConfig, load_config
+from svpo_kernels.trainer.settings import valid_keys
 
 PROMISED = ("model_name_or_path", "ref_model_name_or_path", "train_file", "eval_file", "output_dir", "preset",
             "pair_rule", "min_gap", "max_pairs", "max_tokens", "max_path_tokens", "step_separator", "pairs_per_step",

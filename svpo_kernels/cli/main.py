@@ -45,14 +45,15 @@ def print_keys(wanted: bool) -> None:
     """The keys that are ours, each with its default and what it does; for --keys."""
     if wanted:
         from ..trainer import keys
-        from ..trainer.config import SVPOConfig, own_keys
+        from ..trainer.settings import own_keys
 
-        for key, default, text in own_keys():
+        own = own_keys()
+        for key, default, text in own:
             typer.echo(f"{key}: {default}\n    {text}")
         typer.echo("Besides these, every field of transformers.TrainingArguments that works here:")
         rows = keys.table()
         for row in rows:
-            if row.how == "works" and row.key not in SVPOConfig.__annotations__:
+            if row.how == "works" and row.key not in [key for key, *_ in own]:
                 typer.echo(f"{row.name}{f' ({row.note})' if row.note else ''}")
         typer.echo("and these do not:")
         for row in rows:
@@ -68,6 +69,10 @@ def train(
     keys: Annotated[bool, typer.Option("--keys", callback=print_keys, is_eager=True,
                                        help="List every key with its default, and end.")] = False,
 ) -> None:
+    from ..trainer.settings import read_settings
+
+    with errors_in_one_line():
+        read_settings(config, overrides or [])  # a wrong key is answered before torch is imported
     import torch
 
     command = launcher(sys.argv[1:], torch.cuda.device_count(), os.environ)

@@ -5,11 +5,9 @@ takes the preset's value, and if the preset does not set it, `svpo_loss`'s own d
 """
 
 import datetime
-import difflib
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import yaml
@@ -17,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from . import keys, packages
 from .presets import DEFAULTS, PRESETS, SETTINGS
+from .settings import ConfigError, Settings, read_settings
 
 LOSS_KEYS = (
     "beta",
@@ -51,123 +50,9 @@ CHOICES = {
 }
 
 
-class ConfigError(ValueError):
-    """A key or a value of the configuration is wrong; the message names it."""
-
-
-def _key(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
-class SVPOConfig(TrainingArguments):
-    """All settings of `svpo train`. Lengths are tokens, gaps and values are on the mapped scale [-1, 1]."""
-
-    # Model
-    model_name_or_path: str | None = _key(None, "The model to train: a directory or a hub name.")
-    ref_model_name_or_path: str | None = _key(None, "The reference model; default: the starting model itself.")
-    tokenizer_name_or_path: str | None = _key(None, "The tokenizer, where it is not beside the model.")
-    dtype: str = _key("float32", "Dtype the weights are loaded in: auto, float32, bfloat16, float16, float64.")
-    attn_implementation: str | None = _key(None, "sdpa, eager, flex_attention (CUDA) or svpo_tree (packs "
-                                            "without T x T); default: the model's own.")
-    trust_remote_code: bool = _key(False, "Let the model's repository run its own code. Off unless asked.")
-    disable_dropout: bool = _key(True, "Set every dropout to 0, LoRA's included; packing is exact only then.")
-    peft: str = _key("none", "none, or lora: train low-rank adapters and keep the model frozen.")
-    lora_r: int = _key(16, "Rank of the adapters.")
-    lora_alpha: float = _key(32, "Scale of the adapters (alpha / r multiplies them).")
-    lora_dropout: float = _key(0.0, "Dropout of the adapters; set to 0 while disable_dropout is on.")
-    lora_target_modules: str = _key("all-linear", "Modules to adapt: all-linear, or names with commas between.")
-
-    # Data
-    train_file: str | None = _key(None, "Step trees, pairs or process labels: a file, a folder or a hub dataset; `svpo "
-                                  "data` shows it.")
-    eval_file: str | None = _key(None, "The same, for evaluation.")
-    data_format: str | None = _key(None, "Name of the file's format; default: detected from its keys.")
-    value_range: list[float] | None = _key(None, "Least and greatest value in the file, if not the format's own.")
-    on_bad: str = _key("skip", "A bad row is reported and skipped (skip) or ends the run (error).")
-    step_separator: str = _key("\n\n", "Text after every step.")
-    step_end: str = _key("", "Text that ends a step, before the separator; it is scored.")
-    turn_end: str = _key("auto", "What ends a terminal step: the chat template's own end (auto), eos, none, or a text.")
-    turn_start: str = _key("auto", "auto: the chat template's opening of an answer, scored with the first step; "
-                           "generation: begin behind the generation prompt as it stands.")
-    prompt_is_rendered: bool | None = _key(None, "Text prompts have been through a chat template; null: looked for.")
-    chat_template_kwargs: str | dict | None = _key(None, "Arguments of the chat template, such as {enable_thinking: "
-                                                   "false}; a row's own come on top.")
-    template_date: str | None = _key(None, "What the chat template's strftime_now says, YYYY-MM-DD; default: the day "
-                                     "the run began, also when it is resumed.")
-    max_path_tokens: int | None = _key(None, "Longest path; what is longer is cut by a counted rule, see `svpo data`.")
-
-    # Pairs
-    pair_rule: str = _key("all", "Pairs of siblings: best_worst, top_bottom or all.")
-    min_gap: float = _key(0.0, "A pair's values differ by more than this (values lie in [-1, 1]).")
-    max_pairs: int | None = _key(None, "At most this many pairs a tree, widest gaps first.")
-    dedup: bool = _key(True, "Siblings with equal texts count once.")
-    same_kind: bool = _key(True, "Never pair a step that ends the solution with one that does not.")
-    pair_weight: str = _key("pair", "What counts once: every pair, every parent, or every tree.")
-    pairs_per_step: int = _key(64, "Pairs of one optimizer step, over all processes and micro-batches.")
-
-    # Packing
-    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair.")
-    packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
-    max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
-    values: str | None = _key(None, "Steps whose value is trained: those in pairs (pairs), their ancestors too (path), "
-                              "or every labelled one (labelled); default: pairs, and labelled where no term is over "
-                              "pairs.")
-
-    # What is trained
-    objective: str | None = _key(None, "preference: svpo_loss on pairs and values; prm: a process reward model, a head "
-                                 "at the step ends; implicit_prm: log-ratios to the reference as step rewards. "
-                                 "Default: preference; with preset dvo log-ratios are fitted to gains in value.")
-    head: str = _key("auto", "Head at the step ends: value (tanh), class (1 or 2 outputs), token (two rows of lm_head) "
-                     "or none; auto: value where the loss reads values, class for prm.")
-    head_outputs: int = _key(2, "Outputs of a class head: 1 (sigmoid) or 2 (softmax, class 1 is good).")
-    head_hidden_layer: bool = _key(False, "A class head of Linear-ReLU-Linear instead of one layer.")
-    good_token: str = _key("+", "Token head: the token that says good.")
-    bad_token: str = _key("-", "Token head: the token that says bad.")
-    label_threshold: float | None = _key(None, "prm: labels in [0, 1] above this become 1, others 0; null: soft ones.")
-    label_trials: bool = _key(False, "prm: a label is k of n rollouts; n, the step's visits, weighs it.")
-    good_weight: float = _key(1.0, "prm: weight of good steps' losses against bad ones'.")
-
-    # Loss: None takes the preset's value
-    preset: str = _key("svpo", "Named settings: svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo or dvo.")
-    beta: float | None = _key(None, "Strength of the preference against the reference.")
-    preference: str | None = _key(None, "sigmoid, ipo or hinge.")
-    preference_weight: float | None = _key(None, "Weight of the preference term.")
-    label_smoothing: float | None = _key(None, "Share of pairs taken to be labelled wrongly (sigmoid only).")
-    visit_smoothing: bool = _key(
-        False, "Label smoothing of each pair by its visit counts, rejected / both: the source of mcts_dpo does so."
-    )
-    margin: float | None = _key(None, "Margin subtracted from the scaled reward difference.")
-    value_weight: float | None = _key(None, "Weight of the squared error of the value head.")
-    rank: str | None = _key(None, "Ranking term on values: hinge, logistic or implicit.")
-    rank_margin: float | None = _key(None, "Margin of the ranking hinge.")
-    rank_scale: float | None = _key(None, "Scale of the implicit reward in rank=implicit.")
-    rank_weight: float | None = _key(None, "Weight of the ranking term.")
-    sft_weight: float | None = _key(None, "Weight of the log-likelihood of the SFT steps.")
-    sft_nodes: str | None = _key(None, "SFT steps: the chosen step of every pair (chosen), or every step with a value "
-                                 "above 0 (good); default: chosen, and good where no term of the loss is over pairs.")
-    reference: str | None = _key(None, "Reference log-probs: computed once and cached (cache), per batch (online), or "
-                                 "none. Default: the preset's, else cache.")
-    logp_reduction: str | None = _key(None, "A step's log-prob in the loss: the sum of its tokens', or their mean "
-                                      "(length-normalised). Default: the preset's, else sum.")
-    backend: str = _key("auto", "Backend of the ops: auto, cuda, triton, cpu or reference.")
-    logits_budget_mb: int = _key(512, "MiB that the vocabulary head may use.")
-    value_head_learning_rate: float | None = _key(None, "Learning rate of the value head, if not the model's own.")
-
-    # TrainingArguments with other defaults
-    output_dir: str | None = _key("svpo-output", "Where checkpoints, metrics and the report go.")
-    learning_rate: float = _key(1e-6, "Learning rate at its peak.")
-    per_device_train_batch_size: int = _key(1, "Always 1: a micro-batch is one pack; see pairs_per_step, max_tokens.")
-    gradient_accumulation_steps: int = _key(1, "Least number of packs each process makes of one optimizer step.")
-    remove_unused_columns: bool = _key(False, "Always false: a pack has no columns.")
-    report_to: None | str | list[str] = _key("none", "Trackers to log to; none by default, nothing leaves the machine.")
-    logging_steps: float = _key(1, "Log every so many optimizer steps.")
-    logging_nan_inf_filter: bool = _key(False, "Hide NaN losses from the log; off, so that they are seen.")
-    disable_tqdm: bool | None = _key(False, "No progress bar.")
-    log_level: str = _key("error", "Verbosity of transformers.")
-    resume_from_checkpoint: str | None = _key(
-        "auto", "auto: the newest complete checkpoint of output_dir, if any; true: there must be one; false; or a path."
-    )
+class SVPOConfig(Settings, TrainingArguments):
+    """All settings of `svpo train`: our keys, and every field of TrainingArguments."""
 
     def __post_init__(self):
         plain = (str, int, float, bool, list, dict)
@@ -336,80 +221,12 @@ class _Parser(HfArgumentParser):
         raise ConfigError(message)
 
 
-def valid_keys() -> list[str]:
-    """Every key that a configuration may hold."""
-    return [entry.name for entry in fields(SVPOConfig) if entry.init]
-
-
-def own_keys() -> list[tuple[str, str, str]]:
-    """(key, default as YAML, help) of every key that SVPOConfig defines, in its order."""
-    entries = {entry.name: entry for entry in fields(SVPOConfig)}
-    return [(name, json.dumps(entries[name].default), entries[name].metadata["help"])
-            for name in SVPOConfig.__annotations__]
-
-
 def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = (), **values: Any) -> SVPOConfig:
     """Read `path` (YAML, may be None), apply `values`, then `overrides` ("key=value"), and check every key and value.
 
     Raises ConfigError that names the key and, for an unknown one, the nearest valid key.
     """
-    settings: dict[str, Any] = {}
-    if path is not None:
-        settings.update(_read_yaml(path))
-    settings.update(values)
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign:
-            raise ConfigError(f"config: an override must look like key=value, got {override!r}")
-        settings[key.strip()] = _override_value(key.strip(), value)
-    known = valid_keys()
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            where = f" in {path}" if path is not None else ""
-            raise ConfigError(f"config: unknown key {key!r}{where}; did you mean {near[0]!r}?")
-    return SVPOConfig(**_typed(settings))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in one mapping; YAML's own keeps the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise ConfigError(f"config: key {key.value!r} stands twice in {self.name}, on lines "
-                                  f"{lines[key.value]} and {line}")
-            if isinstance(key, yaml.ScalarNode):
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeys)
-    except OSError as error:
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"config: {path} must hold `key: value` lines, got a {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _override_value(key: str, text: str) -> Any:
-    """One value from the command line: null, {...} and [...] as in YAML, all else as text for the typed parser."""
-    if text == "null":
-        return None
-    if text[:1] in "{[" and text:
-        return yaml.safe_load(text)
-    if key in ("step_separator", "step_end"):  # a shell hands over \n as two characters
-        return text.replace("\\n", "\n").replace("\\t", "\t")
-    return text
+    return SVPOConfig(**_typed(read_settings(path, overrides, **values)))
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from transformers import TrainingArguments
-
 WORKS = (
     "output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim "
     "optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
@@ -81,6 +79,8 @@ REFUSED = {
     "hub_revision": "a run uploads nothing",
 }
 
+KNOWN = (*WORKS, *ELSEWHERE, *REFUSED)
+
 OPTIMIZERS = {
     "lomo": "it updates inside the backward of each micro-batch, before the packs of a step have met",
     "adalomo": "it updates inside the backward of each micro-batch, before the packs of a step have met",
@@ -100,6 +100,8 @@ class Key(NamedTuple):
 
 def table() -> list[Key]:
     """A row for every field of the installed TrainingArguments, in its order; how is "unknown" for one we never saw."""
+    from transformers import TrainingArguments  # heavy; the lists above are read before anything heavy is
+
     rows = []
     for name in (entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init):
         if name in WORKS:
