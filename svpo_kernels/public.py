@@ -10,10 +10,11 @@ from .step_loss import PRESETS, SVPOLoss, dvo_loss, svpo_loss
 from .step_policy import POLICY_PRESETS, StepPolicyLoss, policy_weights, step_advantages, step_policy_loss
 from .tree_attention import tree_attention
 from .trees.advantages import tree_advantages
-from .trees.attention import PackingError, tree_attention_mask
+from .trees.attention import PackingError
 from .trees.check import check_packing
 from .trees.flops import choose_max_tokens, count_flops
 from .trees.layers import use_tree_attention
+from .trees.masks import tree_attention_mask
 from .trees.packing import StepBatch, distinct_batch, pack_trees
 from .trees.text import tree_from_text
 from .trees.tree import StepNode, StepTree, select_pairs

@@ -1,7 +1,6 @@
-"""Masks for packed trees, and the inputs that a Hugging Face model takes them through, unpatched.
+"""The inputs that a Hugging Face model takes packed trees through, unpatched, and which models are exact on them.
 
-Query q sees key k exactly when k <= q < subtree_end[k]: one integer per token says packing, prefix sharing and
-branching. `check.py` compares a model's packed run with separate runs.
+`check.py` compares a model's packed run with separate runs.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._checks import FLOATS, INTEGERS, can_look, fail, require_choice
 from ..models import decoder, text_config, unwrap
 from .layers import TREE
+from .masks import run_dtype, tree_attention_mask
 
-KINDS = {"sdpa": "dense", "eager": "additive", "flex_attention": "block", TREE: "integers"}  # implementation -> mask
+KINDS = {"sdpa": "additive", "eager": "additive", "flex_attention": "block", TREE: "integers"}  # implementation -> mask
 PACKABLE = ("full_attention", "sliding_attention")
 WHY_NOT = {
     "linear_attention": "it carries a state from token to token",
@@ -36,77 +35,16 @@ class PackingError(ValueError, RuntimeError):
     """This model cannot run packed trees exactly; the message names the layer type and the reason."""
 
 
-# -- masks ----------------------------------------------------------------------------------------------------------
-
-
-def tree_attention_mask(subtree_end: Tensor, kind: str = "dense", *, window: int | None = None,
-                        position_ids: Tensor | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The mask of a pack, on subtree_end's device.
-
-    subtree_end: (T,) integers, the index just past each token's subtree. kind: "dense", bool (1, 1, T, T), True =
-    visible (sdpa); "additive", 0 where visible, else the least finite value of dtype (eager; float32 by default);
-    "block", a FlexAttention BlockMask (its backward needs CUDA). window: a token sees those less than `window` before
-    it, itself included, counted in position_ids, (T,) or (1, T). Every token sees itself, so no row is empty.
-
-    Raises ValueError or TypeError for bad shapes, dtypes or kinds, and for a window without position_ids, IndexError
-    for a subtree_end on the CPU that leaves out its own token or passes T.
-    """
-    op = "tree_attention_mask"
-    require_choice(op, "kind", kind, ("dense", "additive", "block"))
-    if not isinstance(subtree_end, Tensor) or subtree_end.dtype not in INTEGERS or subtree_end.dim() != 1:
-        fail(op, "subtree_end", "a (T,) integer tensor", subtree_end, TypeError)
-    T, device = subtree_end.shape[0], subtree_end.device
-    if can_look(subtree_end) and bool(((subtree_end <= torch.arange(T, device=device)) | (subtree_end > T)).any()):
-        fail(op, "subtree_end", f"above each token's own index and at most T = {T}", f"{subtree_end.tolist()[:8]}",
-             IndexError)
-    if dtype is not None and (kind != "additive" or dtype not in FLOATS):
-        fail(op, "dtype", "a floating dtype, with kind='additive' only", f"{dtype} with kind={kind!r}")
-    if window is not None:
-        if window < 1:
-            fail(op, "window", ">= 1 or None", window)
-        if position_ids is None:
-            fail(op, "position_ids", "given with a window (it is counted in them)", None)
-        if position_ids.shape not in ((T,), (1, T)):
-            fail(op, "position_ids", f"(T,) or (1, T) with T = {T}", position_ids)
-        position_ids = position_ids.reshape(T).to(device)
-
-    if kind == "block":
-        return _block_mask(subtree_end, window, position_ids)
-    index = torch.arange(T, device=device)
-    visible = (index <= index[:, None]) & (index[:, None] < subtree_end)
-    if window is not None:
-        visible &= position_ids[:, None] - position_ids < window
-    visible = visible[None, None]
-    if kind == "dense":
-        return visible
-    dtype = dtype or torch.float32
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
-
-
-def _block_mask(subtree_end: Tensor, window: int | None, position_ids: Tensor | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    T = subtree_end.shape[0]
-    if T == 0:
-        fail("tree_attention_mask", "subtree_end", "at least one token for kind='block'", subtree_end)
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (k <= q) & (q < subtree_end[k])
-        return seen if window is None else seen & (position_ids[q] - position_ids[k] < window)
-
-    return create_block_mask(visible, None, None, T, T, device=str(subtree_end.device))
-
-
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
 def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     """input_ids, position_ids and attention_mask of a StepBatch for this Hugging Face model, on the batch's device.
 
-    A pack's mask is 4D, in the form that the model's attention implementation takes (bool for sdpa, additive in the
-    model's dtype for eager, a BlockMask for flex_attention), one per layer type where some layers have a window; after
-    `use_tree_attention` it is (1, 1, 2, T) integers, subtree_end and position_ids. A distinct batch has a plain (B, L)
-    padding mask.
+    A pack's mask is 4D, in the form that the model's attention implementation takes (additive for sdpa and eager, in
+    the autocast dtype where autocast is on, else in the model's; a BlockMask for flex_attention), shared by all layers,
+    one per layer type where some layers have a window; after `use_tree_attention` it is (1, 1, 2, T) integers,
+    subtree_end and position_ids. A distinct batch has a plain (B, L) padding mask.
 
     Raises PackingError, naming the layer type, for a model that a pack is not exact for.
     """
@@ -124,7 +62,7 @@ def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     if kind == "integers":  # windows come to the attention function from its layer
         rows = [batch.subtree_end, batch.position_ids.reshape(-1)]
         return inputs | {"attention_mask": torch.stack(rows)[None, None]}
-    dtype = model.dtype if kind == "additive" else None
+    dtype = run_dtype(batch.subtree_end.device, model.dtype) if kind == "additive" else None
     masks = {}
     for layer_type, window in layer_windows(config).items():
         masks[layer_type] = tree_attention_mask(batch.subtree_end, kind, window=window, dtype=dtype,
