@@ -71,10 +71,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest` without files runs in two processes (pytest-xdist, a file to each); -n 0 keeps it in one."""
+    """`pytest` and `pytest -m slow` without files run in two processes (pytest-xdist, a file to each); -n 0: in one."""
     if hasattr(config, "workerinput"):
         return
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == DEFAULT
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr in (DEFAULT, "slow")
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.collectonly:
         config.option.numprocesses, config.option.dist = WORKERS, "loadfile"
 

@@ -96,6 +96,7 @@ print(_native.cuda_reason() or "usable")
 """
 
 
+@pytest.mark.slow
 def test_the_sdist_has_every_source(source: Path) -> None:
     wanted = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"]
     for folder, suffixes in (("csrc", {".h", ".cpp", ".cu", ".cuh"}), ("svpo_kernels", {".py"})):
@@ -103,6 +104,7 @@ def test_the_sdist_has_every_source(source: Path) -> None:
     assert not [name for name in wanted if not (source / name).exists()]
 
 
+@pytest.mark.slow
 def test_without_cuda(source: Path, cpu_wheel: Path) -> None:
     files = contents(cpu_wheel)
     assert "svpo_kernels/_C" in files and "svpo_kernels/_C_cuda" not in files
@@ -112,6 +114,7 @@ def test_without_cuda(source: Path, cpu_wheel: Path) -> None:
     assert "svpo_kernels._C_cuda is not in this build" in use(cpu_wheel, USE)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_with_cuda(cpu_wheel: Path, cuda_wheel: Path) -> None:
     """The same files and one module more; it loads without a driver, and the CPU kernels run as ever."""
@@ -121,6 +124,7 @@ def test_with_cuda(cpu_wheel: Path, cuda_wheel: Path) -> None:
     assert use(cuda_wheel, "from svpo_kernels import _native; print(_native.cuda().archs)").split() == ["90"]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_wheel_brings_its_runtime_and_no_other_library(cuda_wheel: Path) -> None:
     """auditwheel finds nothing to add: the CUDA runtime is inside, libcuda is opened when a device is asked for, and

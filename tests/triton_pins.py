@@ -13,7 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ Measured = list[tuple[Launch, Usage]]
 Pins = dict[str, dict[str, dict[str, list[Any]]]]  # kernel -> configuration -> version -> [warps, registers, shared]
 
 
-def launches(full: bool) -> list[Launch]:
-    """Every compilation that the calls ask for, on every architecture."""
+def launches(full: bool, architectures: Sequence[int] = ARCHITECTURES) -> list[Launch]:
+    """Every compilation that the calls ask for, on each architecture."""
     found: list[Launch] = []
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         with recording(arch, found):
             for call in calls(full):
                 call()
@@ -110,7 +110,7 @@ def count(measured: Measured) -> str:
     kernels = {launch.kernel for launch, _ in measured}
     configs = {(launch.kernel, launch.config) for launch, _ in measured}
     return (f"{len(measured)} compilations: {len(kernels)} kernels, {len(configs)} configurations, "
-            f"{len(ARCHITECTURES)} architectures, Triton {VERSION}")
+            f"{len({launch.arch for launch, _ in measured})} architectures, Triton {VERSION}")
 
 
 def main() -> None:
