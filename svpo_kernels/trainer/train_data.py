@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -77,25 +76,18 @@ class TrainData:
 
     def largest_id(self) -> int:
         """The largest token id of all prompts and steps."""
-        return max((int(max(ids)) for tree in self.trees for ids in (
-            tree.prompt_ids, *(node.token_ids if node.path_ids is None else node.path_ids for node in tree.nodes))
-            if len(ids)), default=0)
+        return max((int(tree.paths.ids.max()) for tree in self.trees), default=0)
 
     def fingerprint(self) -> str:
         """Hash of all that decides a plan: pairs, parents, ids and values."""
         digest = hashlib.blake2b(digest_size=16)
         for tree, pairs, sft, weights in zip(self.trees, self.pairs, self.sft, self.weights, strict=True):
-            nodes = [(node.parent, node.q_value, node.terminal) for node in tree.nodes]
-            digest.update(json.dumps([list(map(int, tree.prompt_ids)), nodes]).encode())
-            for node in tree.nodes:
-                digest.update(json.dumps([_ints(node.token_ids), _ints(node.path_ids), node.start]).encode())
+            nodes = [(node.parent, node.q_value, node.terminal, tree.value_end(i)) for i, node in enumerate(tree.nodes)]
+            digest.update(json.dumps([nodes, tree.start, tree.length]).encode())
+            digest.update(tree.paths.ids.tobytes())
             for array in (pairs, np.asarray(sft, np.int64), np.asarray(weights, np.float32)):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
-
-
-def _ints(ids: Any) -> list[int] | None:
-    return None if ids is None else [int(token) for token in ids]
 
 
 def pair_weights(trees: list[StepTree], pairs: list[np.ndarray], rule: str) -> list[np.ndarray]:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .._checks import describe, fail, is_integer, require_choice
 from ..plan import as_index
+from .paths import Ids, PathIds, Paths
 
 RULES = ("best_worst", "top_bottom", "all")
+LARGEST_ID = 2**31 - 1  # ids are held in four bytes
 GAP_ROUNDING = 1e-9  # 2 * 0.7 - 2 * 0.4 is 0.6 + 1e-16 in floats: a gap must be above min_gap by more than that
 
 
@@ -69,50 +71,54 @@ class StepNode:
         self.path_ids = as_ids("StepNode", "path_ids", self.path_ids)
 
 
-def as_ids(op: str, argument: str, ids: Any) -> list[int] | None:
-    """Sequence, array or tensor of token ids -> list of int; None stays."""
-    if ids is None:
-        return None
+def as_ids(op: str, argument: str, ids: Any) -> Ids | None:
+    """Sequence, array or tensor of token ids -> Ids, which read like a list; None and Ids stay."""
+    if ids is None or isinstance(ids, Ids):
+        return ids
     ids = as_index(op, argument, ids)
     if ids.dim() != 1:
         fail(op, argument, "one sequence of ids", ids)
     if ids.numel() and int(ids.min()) < 0:
         fail(op, argument, "token ids >= 0", f"an id of {int(ids.min())}", IndexError)
-    return ids.tolist()
+    if ids.numel() and int(ids.max()) > LARGEST_ID:
+        fail(op, argument, f"token ids <= {LARGEST_ID}", f"an id of {int(ids.max())}", IndexError)
+    return Ids(ids.numpy().astype(np.int32))
 
 
 class StepTree:
     """A prompt and the steps under it.
 
     prompt_ids: the prompt's ids, at least one (its last token predicts the first step). nodes: StepNodes with ids, in
-    any order, any depth.
-    order: node indices, parents before children. children[i]: the children of node i by index; roots: those of the
-    prompt. start[i], length[i]: the scored ids of node i are ids start[i] ... length[i] - 1 of its path.
+    any order, any depth. The tree holds every id once: the nodes' token_ids and path_ids become views of it.
+    order: node indices, parents before children, depth first; place[i]: where node i stands in it. children[i]: the
+    children of node i by index; roots: those of the prompt. start[i], length[i]: the scored ids of node i are ids
+    start[i] ... length[i] - 1 of its path.
 
     Raises ValueError for a missing parent, a cycle, a node without ids, or path_ids that leave the parent's path
     before start.
     """
 
     def __init__(self, prompt_ids: Any, nodes: Iterable[StepNode]) -> None:
-        self.prompt_ids: list[int] = as_ids("StepTree", "prompt_ids", prompt_ids) or []
-        if not self.prompt_ids:
+        prompt = as_ids("StepTree", "prompt_ids", prompt_ids)
+        if not prompt:
             fail("StepTree", "prompt_ids", "at least one id (it predicts the first step's first token)", "none")
         self.nodes: list[StepNode] = list(nodes)
-        self.children: list[list[int]] = [[] for _ in self.nodes]
-        self.roots: list[int] = []
         self._link()
-        self.start: list[int] = [0] * len(self.nodes)
-        self.length: list[int] = [0] * len(self.nodes)
-        for i in self.order:
-            self._measure(i)
+        self._measure(prompt.array())
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def __repr__(self) -> str:
-        return f"StepTree({len(self.prompt_ids)} prompt tokens, {len(self.nodes)} nodes)"
+        return f"StepTree({len(self.paths.prompt)} prompt tokens, {len(self.nodes)} nodes)"
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.paths.prompt.tolist()
 
     def _link(self) -> None:
+        self.children: list[list[int]] = [[] for _ in self.nodes]
+        self.roots: list[int] = []
         for i, node in enumerate(self.nodes):
             if not isinstance(node, StepNode):
                 fail("StepTree", f"nodes[{i}]", "a StepNode", node, TypeError)
@@ -128,25 +134,60 @@ class StepTree:
         if len(self.order) < len(self.nodes):
             lost = min(set(range(len(self.nodes))) - set(self.order))
             fail("StepTree", f"nodes[{lost}].parent", "a way up to the prompt", "a cycle")
+        self.place: list[int] = [0] * len(self.nodes)
+        for at, i in enumerate(self.order):
+            self.place[i] = at
 
-    def _measure(self, i: int) -> None:
+    def _measure(self, prompt: np.ndarray) -> None:
+        """start, length and the ids themselves, each once; the nodes' own ids become views of them."""
+        nodes, parts = self.nodes, [prompt, *(np.zeros(0, np.int32) for _ in self.nodes)]
+        self.start: list[int] = [0] * len(nodes)
+        self.length: list[int] = [0] * len(nodes)
+        for i in self.order:
+            parts[i + 1] = self._own(i, parts)
+        first = np.cumsum([0, *map(len, parts)])
+        self.paths = Paths(np.concatenate(parts), first, [node.parent for node in nodes], self.start, self.length)
+        for i, node in enumerate(nodes):
+            if node.path_ids is None:
+                node.token_ids = Ids(self.paths.own(i))
+            else:
+                node.path_ids = PathIds(self.paths, i)
+
+    def _own(self, i: int, parts: list[np.ndarray]) -> np.ndarray:
+        """The scored ids of a node whose parent's are in parts; start and length are set."""
         node = self.nodes[i]
-        above = len(self.prompt_ids) if node.parent == -1 else self.length[node.parent]
+        above = len(parts[0]) if node.parent == -1 else self.length[node.parent]
         if node.token_ids is not None:
-            self.start[i], self.length[i] = above, above + len(node.token_ids)
+            self.start[i], own = above, node.token_ids.array()
         elif node.path_ids is not None:
-            self.start[i], self.length[i] = node.start, len(node.path_ids)
+            path = node.path_ids.array()
             if not 1 <= node.start <= above:
                 fail("StepTree", f"nodes[{i}].start", f"in 1 ... {above}, the length of its parent's path", node.start)
-            if node.path_ids[:node.start] != self.path(node.parent, node.start):
+            if not self._keeps(path, node, parts):
                 fail("StepTree", f"nodes[{i}].path_ids", f"its parent's path up to start = {node.start}", "other ids")
+            self.start[i], own = node.start, path[node.start:]
         else:
             fail("StepTree", f"nodes[{i}]", "given token_ids or path_ids", "neither (text? see tree_from_text)")
-        scored = self.length[i] - self.start[i]
-        if node.old_logps is not None and len(node.old_logps) != scored:
-            fail("StepTree", f"nodes[{i}].old_logps", f"one number a scored id ({scored})", len(node.old_logps))
-        if scored <= 0:
+        self.length[i] = self.start[i] + len(own)
+        if node.old_logps is not None and len(node.old_logps) != len(own):
+            fail("StepTree", f"nodes[{i}].old_logps", f"one number a scored id ({len(own)})", len(node.old_logps))
+        if not len(own):
             fail("StepTree", f"nodes[{i}]", "a step of at least one token", "none")
+        return own
+
+    def _keeps(self, path: np.ndarray, node: StepNode, parts: list[np.ndarray]) -> bool:
+        """Whether path[:node.start] are the first ids of the path of the node's parent."""
+        i, left = node.parent, node.start
+        if len(path) < left:
+            return False
+        while i != -1:
+            begin = self.start[i]
+            if begin < left:
+                if not np.array_equal(path[begin:left], parts[i + 1][:left - begin]):
+                    return False
+                left = begin
+            i = self.nodes[i].parent
+        return np.array_equal(path[:left], parts[0][:left])
 
     def value_end(self, i: int) -> int:
         """The index just past the token of node i's path at which its value is read: within its scored ids."""
@@ -155,19 +196,11 @@ class StepTree:
 
     def path(self, i: int, stop: int | None = None) -> list[int]:
         """The ids from the prompt's first token to the last of node i (-1: the prompt), or the first `stop` of them."""
-        parts: list[list[int]] = []
-        while i != -1 and self.nodes[i].path_ids is None:
-            parts.append(self.nodes[i].token_ids)
-            i = self.nodes[i].parent
-        parts.append(self.prompt_ids if i == -1 else self.nodes[i].path_ids)
-        if len(parts) == 1:
-            return parts[0][:stop]
-        return [token for part in reversed(parts) for token in part][:stop]
+        return self.paths.path(i, stop).tolist()
 
     def step_ids(self, i: int) -> list[int]:
         """The scored ids of node i."""
-        node = self.nodes[i]
-        return node.token_ids if node.token_ids is not None else node.path_ids[node.start:]
+        return self.paths.own(i).tolist()
 
 
 def select_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, max_pairs: int | None = None,
