@@ -100,18 +100,23 @@ class StepPlan:
         for name, value in (("labels", labels), ("step_ids", step_ids)):
             if value.shape != rows.shape or value.dim() != 1:
                 fail(op, name, f"(N,) like rows {tuple(rows.shape)}", value)
+        rows, labels, step_ids = (values.numpy() for values in (rows, labels, step_ids))  # torch's threads cost more
         scored = (labels != IGNORE) & (step_ids >= 0)
-        rows, labels, step_ids = rows[scored], labels[scored], step_ids[scored]
-        if rows.numel() and int(rows.min()) < 0:
+        if not scored.all():
+            rows, labels, step_ids = rows[scored], labels[scored], step_ids[scored]
+        if len(rows) and int(rows.min()) < 0:
             fail(op, "rows", ">= 0", f"a row of {int(rows.min())}", IndexError)
-        S = check_num_steps(op, num_steps, step_ids)
-        order = torch.argsort(rows, stable=True)
+        S = check_num_steps(op, num_steps, torch.from_numpy(step_ids))
+        order = np.argsort(rows, kind="stable")
         rows, labels, step_ids = rows[order], labels[order], step_ids[order]
-        distinct, per_row = torch.unique_consecutive(rows, return_counts=True)
-        R, N = distinct.numel(), rows.numel()
-        row_start = torch.cat([rows.new_zeros(1), per_row.cumsum(0)])
-        first = first_of_equal(rows, labels)
-        return cls._assemble(distinct, row_start, labels, first, step_ids, *step_csr(step_ids, S), R=R, N=N, S=S)
+        distinct, per_row = np.unique(rows, return_counts=True)
+        row_start = np.concatenate([[0], np.cumsum(per_row)])
+        step_order = np.argsort(step_ids, kind="stable")
+        step_start = np.concatenate([[0], np.cumsum(np.bincount(step_ids, minlength=S))])
+        parts = (distinct, row_start, labels, first_of_equal(rows, labels, per_row), step_ids, step_order, step_start)
+        rows, row_start, labels, first, step_ids, step_order, step_start = map(torch.from_numpy, parts)
+        return cls._assemble(rows, row_start, labels, first, step_ids, step_order, step_start, R=len(rows),
+                             N=len(labels), S=S)
 
     @classmethod
     def from_tensors(cls, labels: Tensor, step_ids: Tensor | None, *, shift: int, num_steps: int) -> StepPlan:
@@ -306,16 +311,16 @@ def step_csr(step_ids: Tensor, S: int) -> tuple[Tensor, Tensor]:
     return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def first_of_equal(rows: Tensor, labels: Tensor) -> Tensor:
-    """(N,) index of the first prediction with the same (row, label); rows ascending."""
-    by_label = torch.argsort(labels, stable=True)
-    order = by_label[torch.argsort(rows[by_label], stable=True)]
-    key = torch.stack([rows[order], labels[order]])
-    new = order.new_ones(order.shape, dtype=torch.bool)
-    new[1:] = (key[:, 1:] != key[:, :-1]).any(0)
-    group = new.cumsum(0) - 1
-    first = torch.empty_like(order)
-    first[order] = order[new][group]
+def first_of_equal(rows: np.ndarray, labels: np.ndarray, per_row: np.ndarray) -> np.ndarray:
+    """(N,) index of the first prediction with the same (row, label); rows ascending, per_row: predictions of each."""
+    first = np.arange(len(rows))
+    several = np.nonzero(np.repeat(per_row > 1, per_row))[0]  # only rows that branch can say the same twice
+    if len(several):
+        order = several[np.lexsort((labels[several], rows[several]))]
+        key = np.stack([rows[order], labels[order]])
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (key[:, 1:] != key[:, :-1]).any(0)
+        first[order] = order[new][np.cumsum(new) - 1]
     return first
 
 
