@@ -43,14 +43,14 @@ class MaxTokens(int):
 class Sizes:
     """Tokens of any union of items, without walking the trie.
 
-    The paths to positions a < b (depth first) share as many tokens as the least depth among a + 1 ... b, so the union
-    of paths to sorted ends has the sum of their lengths less the sum of what neighbours share.
+    The paths to the ends of runs a < b (depth first) share as many tokens as the least depth among runs a + 1 ... b, so
+    the union of paths to sorted ends has the sum of their lengths less the sum of what neighbours share.
     """
 
     def __init__(self, trie: Trie, items: Sequence[tuple[int, ...]]) -> None:
         ends = np.unique(np.array([e for item in items for e in item], dtype=np.int64))
         self.items = [np.searchsorted(ends, item) for item in items]
-        self.length = trie.depth[ends] + 1
+        self.length = trie.depth[ends] + trie.length[ends]
         inner = ends[:-1] + 1
         self.shared = np.minimum.reduceat(trie.depth[:ends[-1] + 1], inner) if len(inner) else inner
 
@@ -63,22 +63,23 @@ class Sizes:
         return int(self.length[at].sum() - shared)
 
 
-def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
-    """Items (each the ends it needs together) -> packs of item numbers of at most max_tokens positions each.
+def cut(trie: Trie, items: Sequence[tuple[int, ...]], max_tokens: int, begun: Sequence[int] = ()) -> list[list[int]]:
+    """Items (each the runs whose ends it needs together) -> packs of item numbers of at most max_tokens tokens each.
 
     Packs cost what the price of max_tokens says, or the usual one. One pack when all fits and no price is known. Else,
     among items that are neighbours in depth-first order, the two clusters whose merger saves most are merged until none
     does; clusters are joined in that order where that saves a pack; then items that need the same tokens move
     together to where they cost least, until none gains. Packs come depth first, by their first items; the items of a
     pack in the order given. An item that alone needs more than max_tokens stays alone: the caller checks.
+    begun: items that are a pack already, the first; others may join it as a whole.
     """
     price = getattr(max_tokens, "price", None)
-    order = sorted(range(len(items)), key=lambda n: (max(items[n]), min(items[n])))
+    order = sorted(set(range(len(items))).difference(begun), key=lambda n: (max(items[n]), min(items[n])))
     sizes = Sizes(trie, items)
-    if price is None and sizes.union(order) <= max_tokens:
-        return [sorted(order)] if order else []
+    if price is None and sizes.union([*begun, *order]) <= max_tokens:
+        return [sorted([*begun, *order])] if len(items) else []
     usual = Price.usual(max_tokens)
-    packs: list[list[int]] = []
+    packs: list[list[int]] = [list(begun)] if begun else []
     for first in range(0, len(order), WINDOW):
         window = order[first:first + WINDOW]
         member, weight = _classes(trie, [items[n] for n in window])
@@ -155,17 +156,18 @@ def _descend(member: np.ndarray, weight: np.ndarray, packs: list[list[int]], max
 
 
 def _classes(trie: Trie, items: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """(items, classes) 0/1 and the tokens of each class: positions that the same items need are one class."""
+    """(items, classes) 0/1 and the tokens of each class: runs that the same items need are one class."""
     ends = np.unique(np.array([e for item in items for e in item], dtype=np.int64))
     held = np.nonzero(trie.needed(ends))[0]
-    below = np.searchsorted(ends, held) * (len(ends) + 1) + np.searchsorted(ends, trie.subtree_end[held])
-    key, weight = np.unique(below, return_counts=True)
-    low, high = np.divmod(key, len(ends) + 1)  # a position is needed for ends[low:high]
+    below = np.searchsorted(ends, held) * (len(ends) + 1) + np.searchsorted(ends, trie.past[held])
+    key, kind = np.unique(below, return_inverse=True)
+    weight = np.bincount(kind, weights=trie.length[held], minlength=len(key))
+    low, high = np.divmod(key, len(ends) + 1)  # a run is needed for ends[low:high]
     member = np.zeros((len(items), len(weight)))
     for n, item in enumerate(items):
         for e in np.searchsorted(ends, item):
             member[n, (low <= e) & (e < high)] = 1.0
-    return member, weight.astype(np.float64)
+    return member, weight
 
 
 def _join(sizes: Sizes, packs: list[list[int]], max_tokens: int, price: Price) -> list[list[int]]:

@@ -18,7 +18,8 @@ import torch
 from .._checks import fail, require_choice
 from ..linear_step_logps.cost import call_cost
 from .cuts import MaxTokens, Price, Sizes, cut
-from .packing import Request, StepBatch
+from .packing import Part, StepBatch
+from .request import Request, longest_pair
 from .tree import StepTree
 
 PACK = 4.0  # tokens that a pack of its own must save: little trees stay together where a wider mask costs less
@@ -150,29 +151,38 @@ def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_con
     Raises what pack_trees raises for bad trees and pairs, and ValueError when there is no pair.
     """
     request = Request("choose_max_tokens", trees, pairs, "pairs", None)
-    if not request.items:
+    if not len(request):
         fail("choose_max_tokens", "pairs", "at least one pair", "none")
     cost = model_cost(model_config)
     attention = "exact" if getattr(model_config, "_attn_implementation", None) == "flex_attention" else "dense"
-    sizes = Sizes(request.trie, request.items)
-    least = max(sizes.union([n]) for n in range(len(request.items)))
-    items = request.items[:SAMPLE]
+    part = Part(request, request.order[:SAMPLE])
+    trie, items = part.trie, part.items
+    sizes = Sizes(trie, items)
+    least = longest_pair(request)
     most = max(least, sizes.union(range(len(items))))
     if attention == "exact":
         return MaxTokens(most, Price(0.0, most))
     price = Price(sum(flops for _, flops in cost.attention) / cost.token, PACK)
-    scored = [np.concatenate([request.trie.steps[g] for g in pair]) for pair in request.pairs[:SAMPLE]]
+
+    def predicting(at: int, run: int) -> set[tuple[int, int]]:
+        """The rows that predict a node's ids, as (run, token in it)."""
+        tree, i = part.tree_and_node(at)
+        return {(r, skipped + k) for r, skipped, many in trie.pieces(run, tree.start[i] - 1, tree.length[i] - 1)
+                for k in range(many)}
+
+    scored = [set().union(*(predicting(at, int(part.end[at])) for at in part.at(request.item(n)).tolist()))
+              for n in part.numbers]
 
     def flops(packs: list[list[int]]) -> float:
         total = 3 * cost.token * PACK * len(packs)
         for pack in packs:
             T = sizes.union(pack)
-            rows = len(np.unique(request.trie.parent[np.concatenate([scored[n] for n in pack])]))
+            rows = len(set().union(*(scored[n] for n in pack)))
             total += cost.training(T, rows, dict.fromkeys((w for w, _ in cost.attention), T * T))
         return total
 
     def tried(size: int) -> tuple[float, int]:
-        return flops(cut(request.trie, items, MaxTokens(size, price))), size
+        return flops(cut(trie, items, MaxTokens(size, price))), size
 
     best, size, waited = (float("inf"), most), float(least), 0
     while size < most and waited < PATIENCE:

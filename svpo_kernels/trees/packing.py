@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import fail, is_integer, require_choice
-from ..plan import StepPlan, as_index
-from .cuts import Sizes, cut
-from .tree import StepTree, as_pairs
+from .._checks import fail, is_integer
+from ..plan import StepPlan
+from .cuts import WINDOW, Sizes, cut
+from .request import Request, with_ancestors
+from .tree import StepNode, StepTree
 from .trie import Trie
-
-VALUES = ("pairs", "path", "labelled", "all")
 
 
 class StepBatch(dict):
@@ -71,16 +70,7 @@ def pack_trees(trees: Sequence[StepTree], pairs: Sequence[Any], *, max_tokens: i
     Raises ValueError, TypeError or IndexError for bad arguments, and ValueError naming tree, pair and tokens for one
     pair that needs more than max_tokens.
     """
-    if not is_integer(max_tokens) or max_tokens < 1:
-        fail("pack_trees", "max_tokens", "an int >= 1", max_tokens)
-    request = Request("pack_trees", trees, pairs, values, sft)
-    packs = cut(request.trie, request.items, max_tokens)
-    sizes = Sizes(request.trie, request.items)
-    for pack in packs:
-        if len(pack) == 1 and (tokens := sizes.union(pack)) > max_tokens:
-            fail("pack_trees", "max_tokens", f">= {tokens}, the tokens of {request.name(pack[0])}", max_tokens)
-    unseen = Unseen(request)
-    return [_pack(request, pack, unseen) for pack in packs]
+    return [pack.batch() for pack in packs_of(trees, pairs, max_tokens=max_tokens, values=values, sft=sft)]
 
 
 def distinct_batch(trees: Sequence[StepTree], pairs: Sequence[Any], *, values: str = "pairs",
@@ -91,22 +81,20 @@ def distinct_batch(trees: Sequence[StepTree], pairs: Sequence[Any], *, values: s
     peer. Arguments and errors as for `pack_trees`.
     """
     request = Request("distinct_batch", trees, pairs, values, sft)
-    trie, unseen = request.trie, Unseen(request)
-    ends = request.sequence_ends(range(len(request.items)))
-    B, L = len(ends), int(trie.depth[ends].max()) + 1 if len(ends) else 0
+    part = Part(request, request.order)
+    pack, trie = Pack(part, range(len(request)), Unseen(request)), part.trie
+    lengths = trie.depth[pack.ends] + trie.length[pack.ends]
+    B, L = len(lengths), int(lengths.max(initial=0))
     input_ids = np.zeros((B, L), dtype=np.int64)
-    lengths = trie.depth[ends] + 1
-    for b, end in enumerate(ends.tolist()):
-        for t in range(int(lengths[b]) - 1, -1, -1):
-            input_ids[b, t], end = trie.token[end], trie.parent[end]
-    sequence_end = np.repeat(np.arange(1, B + 1) * L, L)
+    for b, end in enumerate(pack.ends.tolist()):
+        input_ids[b, :lengths[b]] = trie.tokens(trie.path(end))
 
-    def rows(positions: np.ndarray, step_ends: np.ndarray) -> np.ndarray:
-        return np.searchsorted(ends, step_ends) * L + trie.depth[positions]  # the first sequence through step_ends
+    def rows(run: int, begin: int, stop: int) -> list[tuple[int, int]]:
+        return [(int(np.searchsorted(pack.ends, run)) * L + begin, stop - begin)]  # of the first sequence through run
 
-    batch = _steps(request, list(range(len(request.items))), unseen, trie.needed(ends), rows)
-    batch.update(input_ids=torch.from_numpy(input_ids), subtree_end=torch.from_numpy(sequence_end),
-                 position_ids=torch.arange(L).repeat(B, 1), lengths=torch.from_numpy(lengths))
+    batch = _steps(pack, rows)
+    batch.update(input_ids=torch.from_numpy(input_ids), position_ids=torch.arange(L).repeat(B, 1),
+                 subtree_end=torch.arange(1, B + 1).repeat_interleave(L) * L, lengths=torch.from_numpy(lengths))
     return batch
 
 
@@ -122,185 +110,214 @@ def empty_batch() -> StepBatch:
         pairwise_lengths=(), distinct_lengths=(), pairwise_rows=0, distinct_rows=0)
 
 
-class Request:
-    """Checked arguments: which nodes are wanted for what, over one trie of all trees.
+def packs_of(trees: Sequence[StepTree], pairs: Sequence[Any], *, max_tokens: int,
+             values: str | Sequence[np.ndarray] = "pairs", sft: Sequence[Any] | None = None) -> Iterator[Pack]:
+    """The packs of `pack_trees` one after the other, cut but not yet made: `Pack.batch` does that.
 
-    Nodes are numbered over all trees. pairs: (P, 2) numbers, valued and sft: numbers. An item is what must be in one
-    batch, the ends of a pair or of one node that no pair's path passes (a carrier); names go with errors.
+    What is held at a time grows with max_tokens, not with the trees. values: a rule, or per tree the nodes whose
+    q_values are targets. Arguments are checked at once, a pair that needs too many tokens is met on the way.
     """
+    if not is_integer(max_tokens) or max_tokens < 1:
+        fail("pack_trees", "max_tokens", "an int >= 1", max_tokens)
+    return _cut(Request("pack_trees", trees, pairs, values, sft), max_tokens)
 
-    def __init__(self, op: str, trees: Any, pairs: Any, values: str, sft: Any) -> None:
-        self.op = op
-        self.trees = _list_of_trees(op, trees)
-        require_choice(op, "values", values, VALUES)
-        _one_per_tree(op, "pairs", pairs, "one (P, 2) per tree", self.trees)
-        each = [as_pairs(op, tree, own, t) for t, (tree, own) in enumerate(zip(self.trees, pairs, strict=True))]
-        self.trie = Trie(self.trees)
-        base = np.array(self.trie.base, dtype=np.int64)
-        self.node = np.array([(t, i) for t, tree in enumerate(self.trees) for i in range(len(tree))],
-                             dtype=np.int64).reshape(-1, 2)
-        self.pairs = np.concatenate([np.zeros((0, 2), np.int64), *(own + b for own, b in zip(each, base, strict=True))])
-        self.sft = self._sft(sft)
-        self.valued = self._valued(values)
-        self.carriers = self._carriers()
-        end = self.trie.end
-        self.items = [tuple(pair) for pair in end[self.pairs].tolist()] + [(e,) for e in end[self.carriers].tolist()]
 
-    def of(self, g: int) -> Any:
-        t, i = self.node[g]
-        return self.trees[t].nodes[i]
+def _cut(request: Request, max_tokens: int) -> Iterator[Pack]:
+    unseen, begun = Unseen(request), []
+    for items, last in _parts(request, max_tokens):
+        part = Part(request, [*begun, *items])
+        packs = cut(part.trie, part.items, max_tokens, [part.numbers.index(n) for n in begun])
+        sizes = Sizes(part.trie, part.items)
+        for pack in packs:
+            if len(pack) == 1 and (tokens := sizes.union(pack)) > max_tokens:
+                fail("pack_trees", "max_tokens", f">= {tokens}, the tokens of {request.name(part.numbers[pack[0]])}",
+                     max_tokens)
+        yield from (Pack(part, pack, unseen) for pack in (packs if last else packs[:-1]))
+        begun = [part.numbers[n] for n in packs[-1]]  # what comes next may join it
 
-    def name(self, item: int) -> str:
-        if item < len(self.pairs):
-            (tree, chosen), (_, rejected) = self.node[self.pairs[item]].tolist()
-            return f"pair ({chosen}, {rejected}) of tree {tree}"
-        tree, node = self.node[self.carriers[item - len(self.pairs)]].tolist()
-        return f"node {node} of tree {tree}"
 
-    def sequence_ends(self, items: Iterable[int]) -> np.ndarray:
-        """Ends of the distinct sequences that a run without trees needs, in depth-first order."""
-        return np.unique(np.array([e for n in items for e in self.items[n]], dtype=np.int64))
+def _parts(request: Request, max_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Items in order, by the window until they may be more than a pack, and whether they are the last."""
+    items: list[int] = []
+    known, tokens = -1, 0
+    for begin in range(0, len(request), WINDOW):
+        window = request.order[begin:begin + WINDOW]
+        items += window
+        trees, nodes = request.place([g for n in window for g in request.item(n)])
+        for t, i in zip(trees.tolist(), nodes.tolist(), strict=True):
+            tree = request.trees[t]
+            tokens += tree.length[i] - (tree.start[i] if t == known else 0)
+            known = t
+        last = begin + WINDOW >= len(request)
+        if last or tokens > max_tokens:
+            yield items, last
+            items, known, tokens = [], -1, 0
 
-    def _sft(self, sft: Any) -> np.ndarray:
-        if sft is None:
-            return np.zeros(0, dtype=np.int64)
-        _one_per_tree(self.op, "sft", sft, "one list of nodes per tree", self.trees)
-        numbers: list[int] = []
-        for t, nodes in enumerate(sft):
-            if nodes is None:
-                fail(self.op, f"sft[{t}]", "node indices, [] for none", "None", TypeError)
-            nodes = as_index(self.op, f"sft[{t}]", nodes).reshape(-1).tolist()
-            for i in nodes:
-                if not 0 <= i < len(self.trees[t]):
-                    fail(self.op, f"sft[{t}]", f"node indices below {len(self.trees[t])}", f"{i}", IndexError)
-            if len(set(nodes)) < len(nodes):
-                fail(self.op, f"sft[{t}]", "each node once", f"{nodes}")
-            numbers += [self.trie.base[t] + i for i in nodes]
-        return np.array(numbers, dtype=np.int64)
 
-    def _valued(self, values: str) -> np.ndarray:
-        if values == "all":
-            return np.arange(len(self.node))
-        wanted = set(range(len(self.node))) if values == "labelled" else set(self.pairs.ravel().tolist())
-        if values == "path":
-            for g in list(wanted):
-                t, i = self.node[g].tolist()
-                while (i := self.trees[t].nodes[i].parent) != -1 and self.trie.base[t] + i not in wanted:
-                    wanted.add(self.trie.base[t] + i)
-        return np.array(sorted(g for g in wanted if self.of(g).q_value is not None), dtype=np.int64)
+class Part:
+    """Some items of a request over one trie. numbers: their numbers, ascending; items: the runs whose ends each needs;
+    node: the numbers of the nodes that they bring, ascending, and end the run that each of those ends with.
+    valued, sft: places in node of those that are, and in the request's."""
 
-    def _carriers(self) -> np.ndarray:
-        """Valued and SFT nodes that no pair's path passes, without those that another of them passes."""
-        extra = np.union1d(self.valued, self.sft)
-        end = self.trie.end
-        extra = extra[~self.trie.needed(end[self.pairs.ravel()])[end[extra]]]
-        below = np.zeros(len(self.trie.token) + 1, dtype=np.int64)
-        below[end[extra] + 1] = 1
-        below = np.cumsum(below)
-        deepest = below[self.trie.subtree_end[end[extra]]] - below[end[extra]] == 1
-        _, first = np.unique(end[extra], return_index=True)
-        once = np.zeros(len(extra), dtype=bool)
-        once[first] = True
-        return extra[deepest & once]
+    def __init__(self, request: Request, items: Sequence[int]) -> None:
+        self.request = request
+        self.numbers = sorted(items)
+        wanted: dict[int, list[int]] = {}
+        brought = [g for n in items for g in (*request.item(n), *request.riders.get(n, ()))]
+        for t, i in zip(*(found.tolist() for found in request.place(brought)), strict=True):
+            wanted.setdefault(t, []).append(i)
+        groups = []
+        for t, nodes in wanted.items():
+            tree = request.trees[t]
+            groups.append((t, sorted(with_ancestors(tree, nodes), key=tree.place.__getitem__)))
+        self.trie = Trie([(request.trees[t], nodes) for t, nodes in groups])
+        node = np.concatenate([np.zeros(0, np.int64), *(request.first[t] + np.array(nodes) for t, nodes in groups)])
+        order = np.argsort(node)
+        self.node, self.end = node[order], self.trie.end[order]
+        self.items = [tuple(self.end[self.at(request.item(n))].tolist()) for n in self.numbers]
+        trees, nodes = request.place(self.node)
+        self._places = list(zip(trees.tolist(), nodes.tolist(), strict=True))
+        self.valued, self.sft = (
+            np.intersect1d(self.node, wanted, assume_unique=True, return_indices=True)[1:]
+            for wanted in (request.valued, request.sft))
+
+    def at(self, numbers: Any) -> np.ndarray:
+        """Places of these numbers in `node`."""
+        return np.searchsorted(self.node, np.asarray(numbers, dtype=np.int64))
+
+    def tree_and_node(self, at: int) -> tuple[StepTree, int]:
+        tree, node = self._places[at]
+        return self.request.trees[tree], node
+
+    def of(self, at: int) -> StepNode:
+        tree, node = self.tree_and_node(at)
+        return tree.nodes[node]
+
+    def own(self, at: int) -> np.ndarray:
+        tree, node = self.tree_and_node(at)
+        return tree.paths.own(node)
 
 
 class Unseen:
     """What no batch has had yet: value targets, SFT members and distinct sequences each count in one batch only."""
 
     def __init__(self, request: Request) -> None:
-        self.valued, self.sft = request.valued, request.sft
-        self.sequence, self.scored = np.ones((2, len(request.trie.token)), dtype=bool)  # by end
+        self.valued = np.ones(len(request.valued), dtype=bool)
+        self.sft = np.ones(len(request.sft), dtype=bool)
+        self.sequences: set[int] = set()  # by the names of their runs
+        self.scored: set[int] = set()
 
 
-def _pack(request: Request, items: list[int], unseen: Unseen) -> StepBatch:
-    trie = request.trie
-    held = trie.needed(request.sequence_ends(items))
-    T = int(held.sum())
-    before = np.concatenate([[0], np.cumsum(held)])  # held positions before position k: its row
-    batch = _steps(request, items, unseen, held, lambda positions, _: before[positions])
-    batch.update(input_ids=torch.from_numpy(trie.token[held]).reshape(1, T),
-                 position_ids=torch.from_numpy(trie.depth[held]).reshape(1, T),
-                 subtree_end=torch.from_numpy(before[trie.subtree_end[held]]))
-    return batch
+class Pack:
+    """Items of a part that make one batch, which is not made yet, and what counts in it.
+
+    tokens: of the batch. pairs: (P, 2), valued and sft: places in the part's nodes. counts: as of the batch.
+    """
+
+    def __init__(self, part: Part, items: Sequence[int], unseen: Unseen) -> None:
+        request, trie = part.request, part.trie
+        self.part = part
+        numbers = np.array([part.numbers[n] for n in items], dtype=np.int64)
+        self.pairs = part.at(request.pairs[numbers[numbers < len(request.pairs)]])
+        each = np.array([e for n in items for e in part.items[n]], dtype=np.int64)
+        self.ends = np.unique(each)
+        self.held = trie.needed(self.ends)
+        self.tokens = int(trie.length[self.held].sum())
+        held = self.held[part.end]
+        self.valued, _ = _take(part.valued, held, unseen.valued)
+        self.sft, taken = _take(part.sft, held, unseen.sft)
+        self.known = [node.q_value for node in map(part.of, self.valued.tolist())]
+        self.counts = (len(self.pairs), sum(q is not None for q in self.known), len(self.sft))
+        self.naive = self._naive_runs(each, np.concatenate([self.pairs.ravel(), self.sft[request.sft_alone[taken]]]),
+                                      unseen)
+
+    def _naive_runs(self, each: np.ndarray, scored: np.ndarray, unseen: Unseen) -> dict[str, Any]:
+        """What runs without trees cost for these items. each: the ends of their runs; scored: the nodes whose log-prob
+        they take, one each."""
+        trie, end = self.part.trie, self.part.end
+        names, length = trie.names, trie.depth + trie.length
+        fresh = [e for e in self.ends.tolist() if names[e] not in unseen.sequences]
+        unseen.sequences.update(names[e] for e in fresh)
+        pairwise, distinct = tuple(length[each].tolist()), tuple(length[fresh].tolist() if fresh else ())
+        sizes = [len(self.part.own(at)) for at in scored.tolist()]
+        sequences = [names[e] for e in end[scored].tolist()]
+        rows = {name: size for name, size in zip(sequences, sizes, strict=True) if name not in unseen.scored}
+        unseen.scored.update(rows)
+        return dict(pairwise_lengths=pairwise, distinct_lengths=distinct, pairwise_tokens=sum(pairwise),
+                    distinct_tokens=sum(distinct), pairwise_rows=sum(sizes), distinct_rows=sum(rows.values()))
+
+    def batch(self) -> StepBatch:
+        """The StepBatch of these items: their runs in depth-first order."""
+        trie = self.part.trie
+        runs = np.nonzero(self.held)[0]
+        length = trie.length[runs]
+        before = np.concatenate([[0], np.cumsum(np.where(self.held, trie.length, 0))])  # rows before run k
+        row = before.tolist()
+        batch = _steps(self, lambda run, begin, stop: [
+            (row[r] + skipped, many) for r, skipped, many in trie.pieces(run, begin, stop)])
+        position = np.arange(self.tokens) + np.repeat(trie.depth[runs] - before[runs], length)
+        batch.update(input_ids=torch.from_numpy(trie.tokens(runs)).reshape(1, self.tokens),
+                     position_ids=torch.from_numpy(position).reshape(1, self.tokens),
+                     subtree_end=torch.from_numpy(np.repeat(before[trie.past[runs]], length)))
+        return batch
 
 
-def _steps(request: Request, items: list[int], unseen: Unseen, held: np.ndarray,
-           rows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> StepBatch:
-    """All of a batch but its token tensors. held: (T,) bool, the trie positions it has. rows(positions, step_ends): the
-    rows of positions on the paths of steps that end at step_ends."""
-    trie, end = request.trie, request.trie.end
-    pairs = request.pairs[[n for n in items if n < len(request.pairs)]]
-    here, unseen.valued = _split(unseen.valued, held[end[unseen.valued]])
-    sft, unseen.sft = _split(unseen.sft, held[end[unseen.sft]])
-    steps = np.unique(np.concatenate([pairs.ravel(), here, sft]))
-    steps = steps[np.argsort(end[steps], kind="stable")]
+def _take(found: tuple[np.ndarray, np.ndarray], held: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of nodes (places in a part, places in the request) those that are held and unseen, which they are no more."""
+    at, of = found
+    here = held[at] & unseen[of]
+    unseen[of[here]] = False
+    return at[here], of[here]
+
+
+def _steps(pack: Pack, rows: Callable[[int, int, int], list[tuple[int, int]]]) -> StepBatch:
+    """All of a batch but its token tensors. rows(run, begin, stop): where tokens begin ... stop - 1 of the path that
+    ends with a run lie, as (first row, how many)."""
+    part, pairs, request = pack.part, pack.pairs, pack.part.request
+    steps = np.unique(np.concatenate([pairs.ravel(), pack.valued, pack.sft]))
+    steps = steps[np.argsort(part.end[steps], kind="stable")]
     S = len(steps)
-    index = np.full(len(end), -1, dtype=np.int64)
+    index = np.full(len(part.node), -1, dtype=np.int64)
     index[steps] = np.arange(S)
     targets = torch.full((S,), float("nan"))
-    known = [request.of(g).q_value for g in here]
-    targets[torch.from_numpy(index[here])] = torch.tensor([float("nan") if q is None else q for q in known],
-                                                          dtype=torch.float32)
-    scored = [trie.steps[g] for g in steps]
-    positions = np.concatenate([np.zeros(0, np.int64), *scored])
-    ids = np.repeat(np.arange(S), [len(s) for s in scored])
-    ends = request.sequence_ends(items)
-    lengths = trie.depth[ends] + 1
+    targets[torch.from_numpy(index[pack.valued])] = torch.tensor(
+        [float("nan") if q is None else q for q in pack.known], dtype=torch.float32)
+    pieces: list[tuple[int, int]] = []
+    labels, read, last = [np.zeros(0, np.int32)], [], []
+    for at, run in zip(steps.tolist(), part.end[steps].tolist(), strict=True):
+        tree, i = part.tree_and_node(at)
+        stop, value_end = tree.length[i], tree.value_end(i)
+        pieces += rows(run, tree.start[i] - 1, stop - 1)
+        read += rows(run, value_end - 1, value_end)
+        last += rows(run, stop - 1, stop)
+        labels.append(tree.paths.own(i))
+    first, many = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
+    predictors = np.arange(many.sum()) + np.repeat(first - np.cumsum(many) + many, many)
+    ids = np.repeat(np.arange(S), [len(own) for own in labels[1:]])
+    lengths = part.trie.depth[pack.ends] + part.trie.length[pack.ends]
     return StepBatch(
         input_ids=None, position_ids=None, subtree_end=None, lengths=None,
-        plan=StepPlan.from_predictions(rows(trie.parent[positions], end[steps][ids]), trie.token[positions], ids, S),
-        pairs=torch.from_numpy(index[pairs]), value_positions=torch.from_numpy(rows(trie.read[steps], end[steps])),
-        step_ends=torch.from_numpy(rows(end[steps], end[steps])),
-        value_targets=targets, ref_step_logps=_ref_logps(request, steps, pairs),
-        sft_steps=torch.from_numpy(index[sft]), node_of_step=torch.from_numpy(request.node[steps]),
-        counts=(len(pairs), sum(q is not None for q in known), len(sft)),
-        path_lengths=(int(lengths.min()), int(lengths.max())) if len(ends) else (0, 0),
-        **_naive_runs(request, items, unseen, np.concatenate([pairs.ravel(), np.setdiff1d(sft, request.pairs)])))
+        plan=StepPlan.from_predictions(predictors, np.concatenate(labels), ids, S),
+        pairs=torch.from_numpy(index[pairs]), value_positions=_firsts(read), step_ends=_firsts(last),
+        value_targets=targets, ref_step_logps=_ref_logps(part, steps, pairs),
+        sft_steps=torch.from_numpy(index[pack.sft]),
+        node_of_step=torch.from_numpy(np.stack(request.place(part.node[steps]), axis=1)), counts=pack.counts,
+        path_lengths=(int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0), **pack.naive)
 
 
-def _naive_runs(request: Request, items: list[int], unseen: Unseen, scored: np.ndarray) -> dict[str, Any]:
-    """What runs without trees cost for these items. scored: numbers of the nodes whose log-prob they take, one each."""
-    trie, end = request.trie, request.trie.end
-    each = np.array([e for n in items for e in request.items[n]], dtype=np.int64)
-    fresh = request.sequence_ends(items)
-    fresh = fresh[unseen.sequence[fresh]]
-    unseen.sequence[fresh] = False
-    pairwise, distinct = (tuple((trie.depth[ends] + 1).tolist()) for ends in (each, fresh))
-    rows = {int(end[g]): len(trie.steps[g]) for g in scored if unseen.scored[end[g]]}
-    unseen.scored[end[scored]] = False
-    return dict(pairwise_lengths=pairwise, distinct_lengths=distinct, pairwise_tokens=sum(pairwise),
-                distinct_tokens=sum(distinct), pairwise_rows=sum(len(trie.steps[g]) for g in scored),
-                distinct_rows=sum(rows.values()))
+def _firsts(pieces: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor([row for row, _ in pieces], dtype=torch.int64)
 
 
-def _split(numbers: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return numbers[taken], numbers[~taken]
-
-
-def _ref_logps(request: Request, steps: np.ndarray, pairs: np.ndarray) -> Tensor | None:
+def _ref_logps(part: Part, steps: np.ndarray, pairs: np.ndarray) -> Tensor | None:
     """(S,) float32 reference log-probs: of every node in a pair or of none; 0 where no pair asks for one."""
-    known = [request.of(g).ref_logp for g in steps]
+    known = [part.of(at).ref_logp for at in steps.tolist()]
     paired = set(pairs.ravel().tolist())
-    missing = [g for g, value in zip(steps.tolist(), known, strict=True) if value is None and g in paired]
+    missing = [at for at, value in zip(steps.tolist(), known, strict=True) if value is None and at in paired]
     if len(missing) == len(paired):
         return None
     if missing:
-        tree, node = request.node[missing[0]].tolist()
-        fail(request.op, "ref_logp", "given for all nodes in pairs or for none", f"none at node {node} of tree {tree}")
+        (tree,), (node,) = part.request.place(part.node[missing[:1]])
+        fail(part.request.op, "ref_logp", "given for all nodes in pairs or for none",
+             f"none at node {node} of tree {tree}")
     return torch.tensor([0.0 if value is None else value for value in known], dtype=torch.float32)
-
-
-def _list_of_trees(op: str, trees: Any) -> list[StepTree]:
-    if isinstance(trees, StepTree | Mapping | str) or not isinstance(trees, Sequence):
-        fail(op, "trees", "a sequence of StepTree", f"a {type(trees).__name__}", TypeError)
-    for t, tree in enumerate(trees):
-        if not isinstance(tree, StepTree):
-            fail(op, f"trees[{t}]", "a StepTree", f"a {type(tree).__name__}", TypeError)
-    return list(trees)
-
-
-def _one_per_tree(op: str, argument: str, given: Any, what: str, trees: list[StepTree]) -> None:
-    if not hasattr(given, "__len__"):
-        fail(op, argument, f"{what}, {len(trees)}", f"a {type(given).__name__}", TypeError)
-    if len(given) != len(trees):
-        fail(op, argument, f"{what}, {len(trees)}", f"{len(given)}")
