@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +17,18 @@ UNKNOWN = ("output_multiplier_scale", "mup_width_multiplier", "dim_model_base") 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside DistributedDataParallel, torch.compile or PEFT wrappers."""
+    return list(wrappers(model))[-1]
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as given, what it wraps, and so on, down to the Hugging Face model itself."""
     while True:
+        yield model
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
-            return model
+            return
         model = inner
 
 

@@ -16,6 +16,7 @@ from .trees.flops import choose_max_tokens, count_flops
 from .trees.layers import use_tree_attention
 from .trees.masks import tree_attention_mask
 from .trees.packing import StepBatch, distinct_batch, pack_trees
+from .trees.stream import StreamOutputs, stream_backward
 from .trees.text import tree_from_text
 from .trees.tree import StepNode, StepTree, select_pairs
 
@@ -29,6 +30,7 @@ __all__ = [
     "StepPlan",
     "StepPolicyLoss",
     "StepTree",
+    "StreamOutputs",
     "aggregate_scores",
     "backends",
     "check_packing",
@@ -48,6 +50,7 @@ __all__ = [
     "step_advantages",
     "step_logps",
     "step_policy_loss",
+    "stream_backward",
     "svpo_loss",
     "tree_advantages",
     "tree_attention",

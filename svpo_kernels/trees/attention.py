@@ -87,7 +87,7 @@ def unpackable(model: nn.Module, path_lengths: tuple[int, int] = (0, 0)) -> str 
     """
     config = text_config(model)
     return (_layers_reason(model, config) or _implementation_reason(config) or _position_reason(config)
-            or _rope_reason(config, *path_lengths))
+            or rope_reason(config, *path_lengths))
 
 
 def _layers_reason(model: nn.Module, config: Any) -> str | None:
@@ -131,6 +131,11 @@ def _position_reason(config: Any) -> str | None:
     if (getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
             or getattr(config, "position_embedding_type", "") == "alibi" or config.model_type == "bloom"):
         return "its attention layers are of type 'alibi': the bias counts rows, not positions along a path"
+    return never_exact(config)
+
+
+def never_exact(config: Any) -> str | None:
+    """Why neither packs nor segments of one can be exact, whatever the layers; None where nothing is known."""
     if getattr(config, "is_encoder_decoder", False):
         return "its layers are of type 'encoder_decoder'"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
@@ -140,7 +145,7 @@ def _position_reason(config: Any) -> str | None:
     return None
 
 
-def _rope_reason(config: Any, shortest: int, longest: int) -> str | None:
+def rope_reason(config: Any, shortest: int, longest: int) -> str | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     tables = {layer: table for layer, table in rope.items() if isinstance(table, dict)} or {"every": rope}
     for layer, table in tables.items():

@@ -38,7 +38,7 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
     if batch.lengths is not None:
         return PackingCheck(0.0, 0.0, torch.zeros(0, dtype=torch.int64))
     model = unwrap(model)
-    reason = unpackable(model, batch.path_lengths) or _random(decoder(model))
+    reason = unpackable(model, batch.path_lengths) or random_reason(decoder(model))
     if reason is not None:
         raise PackingError(f"check_packing: {type(model).__name__} cannot run a pack: {reason}")
     path = telling_path(batch)
@@ -126,7 +126,7 @@ def _where(model: nn.Module, packed: dict[str, Any], alone: dict[str, Any], padd
     return f"the last layer, of type {types[-1] if types else 'attention'!r}"
 
 
-def _random(module: nn.Module) -> str | None:
+def random_reason(module: nn.Module) -> str | None:
     """Dropout or router noise that is on: shared tokens draw it once where separate runs draw it for each path."""
     for name, part in module.named_modules():
         if not part.training:
