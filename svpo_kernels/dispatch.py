@@ -59,8 +59,8 @@ def define(
     _families[op] = family
     call = call or (lambda module, *args: getattr(module, name)(*args))
 
-    def run(*args: Any) -> Any:
-        *args, backend = args
+    def run(*given: Any) -> Any:
+        *args, backend = given
         if check is not None:
             check(*args)
         probe = next(arg for arg in args if isinstance(arg, Tensor))

@@ -15,16 +15,16 @@ DIVIDES = ("logits_scaling",)  # Granite
 UNKNOWN = ("output_multiplier_scale", "mup_width_multiplier", "dim_model_base")  # scaled, but each code its own way
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The Hugging Face model inside DistributedDataParallel, torch.compile or PEFT wrappers."""
     return list(wrappers(model))[-1]
 
 
-def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+def wrappers(model: Any) -> Iterator[nn.Module]:
     """The model as given, what it wraps, and so on, down to the Hugging Face model itself."""
     while True:
         yield model
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        inner: Any = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
@@ -43,7 +43,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def text_config(model: nn.Module) -> Any:
-    config = model.config
+    config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -69,7 +69,7 @@ def head(model: nn.Module) -> dict[str, Any]:
     return {**_factors(layer), **_transform(model)}
 
 
-def output_layer(model: nn.Module) -> nn.Module:
+def output_layer(model: Any) -> Any:
     """The module of an unwrapped model's vocabulary head, an adapter on it included. Raises ValueError as `head`."""
     name = type(model).__name__
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -86,7 +86,7 @@ def output_layer(model: nn.Module) -> nn.Module:
     return layer
 
 
-def _factors(layer: nn.Module) -> dict[str, Any]:
+def _factors(layer: Any) -> dict[str, Any]:
     """weight, bias and, where LoRA on the head is in force, its factors and scaling."""
     base = getattr(layer, "base_layer", layer)
     parts = {"weight": base.weight, "bias": getattr(base, "bias", None), "lora_a": None, "lora_b": None,
@@ -99,11 +99,11 @@ def _factors(layer: nn.Module) -> dict[str, Any]:
     return parts
 
 
-def _active_lora(layer: nn.Module) -> list[str]:
+def _active_lora(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _adapter_reason(layer: nn.Module) -> str | None:
+def _adapter_reason(layer: Any) -> str | None:
     """Why adapters on the vocabulary head are more than one pair of low-rank factors; None where they are not."""
     if not hasattr(layer, "lora_A"):
         return f"{type(layer).__name__} is no LoRA layer"

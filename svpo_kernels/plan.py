@@ -42,8 +42,8 @@ class PlanTensors(NamedTuple):
     bounds: Tensor
 
 
-def _sizes(R: int, N: int, S: int) -> tuple[int, ...]:
-    return (R, R + 1, N, N, N, N, S + 1)
+def _sizes(R: int, N: int, S: int) -> list[int]:
+    return [R, R + 1, N, N, N, N, S + 1]
 
 
 class StepPlan:

@@ -39,7 +39,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 def _fake_bwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
     none = hidden.new_empty(0)
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else none
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else none
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
 

@@ -69,7 +69,9 @@ def fake_rows(source: Tensor, plan: list[Tensor], reduction: str) -> tuple[Tenso
     """Shapes of out, logp, row_max and row_logsum; the statistics are kept in fp32 by kernels, not by the reference."""
     view, dtype = PlanTensors(*plan), accumulator(source.dtype)
     R, N, S = view.rows.shape[0], view.labels.shape[0], view.step_start.shape[0] - 1
-    return tuple(source.new_empty(size, dtype=dtype) for size in (N if reduction == "none" else S, N, R, R))
+    out, logp, row_max, row_logsum = (source.new_empty(size, dtype=dtype)
+                                      for size in (N if reduction == "none" else S, N, R, R))
+    return out, logp, row_max, row_logsum
 
 
 dispatch.define(
@@ -260,5 +262,6 @@ def _dense(
     Made where the labels are: index tensors on the CPU are checked before they are copied.
     """
     if num_steps is None:
+        assert step_ids is not None  # without them `as_plan` counts the sequences
         num_steps = largest_step(step_ids) + 1
     return StepPlan.from_tensors(labels, step_ids, shift=shift, num_steps=num_steps).to(device).tensors

@@ -260,23 +260,22 @@ def svpo_loss(
         require_no_grad(op, value_targets=value_targets)
     if pair_weights is not None:
         _check_pair_tensor(op, "pair_weights", pair_weights, like, pairs)
-    smoothings, label_smoothing = _per_pair(op, "label_smoothing", label_smoothing, like, pairs)
-    margins, margin = _per_pair(op, "margin", margin, like, pairs)
-    rank_margins, rank_margin = _per_pair(op, "rank_margin", rank_margin, like, pairs)
-    if not 0.0 <= label_smoothing <= 1.0:
+    smoothings, smoothing = _per_pair(op, "label_smoothing", label_smoothing, like, pairs)
+    margins, margin_of_all = _per_pair(op, "margin", margin, like, pairs)
+    rank_margins, rank_margin_of_all = _per_pair(op, "rank_margin", rank_margin, like, pairs)
+    if not 0.0 <= smoothing <= 1.0:
         fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
     if preference != "sigmoid":
-        if label_smoothing or smoothings is not None:
-            fail(op, "label_smoothing", f"0 with preference={preference!r} (only 'sigmoid' has it)",
-                 label_smoothing if smoothings is None else smoothings)
-        if preference == "ipo" and (margin or margins is not None):
-            fail(op, "margin", "0 with preference='ipo', which has none", margin if margins is None else margins)
+        if smoothing or smoothings is not None:
+            fail(op, "label_smoothing", f"0 with preference={preference!r} (only 'sigmoid' has it)", label_smoothing)
+        if preference == "ipo" and (margin_of_all or margins is not None):
+            fail(op, "margin", "0 with preference='ipo', which has none", margin)
     counts, numbers = denominators(op, "counts", counts, like, COUNTS)
     if double and like.dtype != torch.float64:  # The dtype of the first tensor decides which backends can run.
         step_logps, values = (x if x is None else x.double() for x in (step_logps, values))
         like = values if step_logps is None else step_logps
-    options = Options(beta, preference, preference_weight, label_smoothing, margin, value_weight, rank, rank_margin,
-                      rank_scale, rank_weight, sft_weight, *numbers)
+    options = Options(beta, preference, preference_weight, smoothing, margin_of_all, value_weight, rank,
+                      rank_margin_of_all, rank_scale, rank_weight, sft_weight, *numbers)
     inputs = (step_logps, ref_step_logps, values, value_targets, pairs, sft_steps, pair_weights, smoothings, margins,
               rank_margins, counts)
     if torch.compiler.is_compiling():
@@ -285,7 +284,7 @@ def svpo_loss(
         "svpo_loss_fwd", backend, like, (*inputs, *options))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
         terms = _SvpoLoss.apply(step_logps, ref_step_logps, values, tuple(terms), (slopes, *inputs), options, backend)
-    return SVPOLoss(*terms, chosen, rejected, accuracy, value_accuracy)
+    return SVPOLoss._make((*terms, chosen, rejected, accuracy, value_accuracy))
 
 
 def dvo_loss(step_logps: Tensor, ref_step_logps: Tensor | None, value_gains: Tensor, *, beta: float,
@@ -335,7 +334,7 @@ def _check_steps(op: str, step_logps: Tensor | None, values: Tensor | None, rank
     return values
 
 
-def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> Tensor:
+def _check_index(op: str, name: str, x: Any, like: Tensor, dim: int) -> Tensor:
     """x as int64 or int32."""
     require_integer(op, name, x)
     if x.dim() != dim or (dim == 2 and x.shape[1] != 2) or x.device != like.device:
@@ -345,12 +344,12 @@ def _check_index(op: str, name: str, x: object, like: Tensor, dim: int) -> Tenso
     return x if x.dtype in (torch.int64, torch.int32) else x.long()
 
 
-def _check_pair_tensor(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> None:
+def _check_pair_tensor(op: str, name: str, x: Any, like: Tensor, pairs: Tensor) -> None:
     require_vector(op, name, x, like, pairs.shape[0], "(P,)")
     require_no_grad(op, **{name: x})
 
 
-def _per_pair(op: str, name: str, x: object, like: Tensor, pairs: Tensor) -> tuple[Tensor | None, float]:
+def _per_pair(op: str, name: str, x: Any, like: Tensor, pairs: Tensor) -> tuple[Tensor | None, Any]:
     """A number for all pairs, or one per pair."""
     if isinstance(x, NUMBERS):
         return None, x

@@ -212,14 +212,14 @@ def step_policy_loss(
     if logps.dtype != torch.float64 and compute_dtype(inputs) == torch.float64:
         inputs = inputs._replace(logps=logps.double())  # the dtype of the first tensor decides which backends can run
     options = Options(ratio, kind, float(low), float(high), torch.inf if dual_clip is None else float(dual_clip),
-                      *map(float, taus), kl, float(kl_weight), float(entropy_weight), *numbers)
+                      float(taus[0]), float(taus[1]), kl, float(kl_weight), float(entropy_weight), *numbers)
     return StepPolicyLoss(*_StepPolicyLoss.apply(options, backend, *inputs))
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_steps(op: str, step_ids: object, advantages: object, logps: Tensor) -> Tensor | None:
+def _check_steps(op: str, step_ids: Any, advantages: Any, logps: Tensor) -> Tensor | None:
     """step_ids as int64 or int32, and advantages that go with them."""
     N = logps.shape[0]
     if step_ids is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _back_up(op: str, delta: Tensor, parents: Tensor, decay: float) -> Tensor:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_integers(op: str, name: str, x: object, like: Tensor) -> None:
+def _check_integers(op: str, name: str, x: Any, like: Tensor) -> None:
     require_integer(op, name, x)
     if x.shape != like.shape or x.device != like.device:
         fail(op, name, f"(S,) = {tuple(like.shape)} on {like.device}", x)

@@ -61,11 +61,12 @@ def model_cost(config: Any) -> ModelCost:
 
     Of E experts a token meets num_experts_per_tok. Raises ValueError for a config without attention heads.
     """
-    return _model_cost(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    return _model_cost(kind, config.to_json_string(use_diff=False))
 
 
 @lru_cache(maxsize=32)
-def _model_cost(kind: type, as_json: str) -> ModelCost:
+def _model_cost(kind: Any, as_json: str) -> ModelCost:
     import json
 
     from transformers import AutoModel

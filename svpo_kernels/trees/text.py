@@ -133,7 +133,9 @@ def find_turn(template: Template, prompt: str | Sequence[Mapping[str, Any]],
                 said.append("the prompt holds chat markup inside its text: it is one user message")
     else:
         turn, given = None, list(prompt)
-    turn = template.turn(given) if turn is None else turn
+    if turn is None:
+        assert given is not None  # a text that is not rendered is one user message
+        turn = template.turn(given)
     if not turn.keeps_generation:
         said.append("the template does not keep its generation prompt in front of an answer: a model generates behind "
                     "another context than the one it is trained on")
@@ -143,11 +145,16 @@ def find_turn(template: Template, prompt: str | Sequence[Mapping[str, Any]],
 def _piece(node: StepNode, end: str, ends: Sequence[str], turn: Turn, options: TextOptions) -> tuple[str, int]:
     """What a node adds to its parent's text, and the length of its own part, without white space at its end."""
     if not node.terminal:
-        own = node.text + options.step_end
+        own = _text(node) + options.step_end
         return own + options.step_separator, len(own.rstrip())
-    own = without_end(node.text, ends) + options.step_end
+    own = without_end(_text(node), ends) + options.step_end
     own = own if turn.right == "" else own.rstrip(turn.right)
     return own + end, len(own.rstrip())
+
+
+def _text(node: StepNode) -> str:
+    assert node.text is not None  # `_as_node` has looked
+    return node.text
 
 
 def _subtrees(shape: StepTree) -> Iterable[tuple[int, list[int]]]:
@@ -173,7 +180,7 @@ def _begin(template: Template, messages: list[Any] | None, turn: Turn, pieces: l
             continue
         steps, node = [], i
         while node != -1:
-            steps.append(nodes[node].text + options.step_end)
+            steps.append(_text(nodes[node]) + options.step_end)
             node = nodes[node].parent
         content = options.step_separator.join(reversed(steps))
         if not nodes[i].terminal and turn.opening.strip() and content.lstrip().startswith(turn.opening.split()[0]):
@@ -185,9 +192,9 @@ def _begin(template: Template, messages: list[Any] | None, turn: Turn, pieces: l
     if None in shared:
         return turn
     if shared:
-        return replace(turn, context=max(shared, key=len), opening="")
+        return replace(turn, context=max((each for each in shared if each is not None), key=len), opening="")
     said.append("the template rewrites this text's reasoning: it is scored as it stands, behind the generation prompt")
-    begun, first = turn.as_generated(), nodes[own[0]].text
+    begun, first = turn.as_generated(), _text(nodes[own[0]])
     tail = turn.generation[len(turn.context):]
     if tail and first.startswith(tail):  # the text says itself what the generation prompt says last
         begun = replace(begun, context=turn.context)
