@@ -66,3 +66,23 @@ def sentencepiece(texts, vocab_size=2000, unigram=False):
 def styles(texts):
     return {"qwen-chat": qwen(texts), "qwen-raw": qwen(texts, chat=False), "gpt2": gpt2(texts),
             "sp-bpe": sentencepiece(texts), "sp-unigram": sentencepiece(texts, unigram=True)}
+
+
+def words(texts):
+    """A token a word, <s> put before every text; a newline is white space, as between Math-Shepherd's steps."""
+    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *texts])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def llama3(texts, template, vocab_size=500):
+    """Byte-level BPE with Llama-3's turn tokens, its BOS put before every text."""
+    specials = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer = _bytes(texts, pre_tokenizers.ByteLevel(add_prefix_space=False), specials, vocab_size)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    fast.chat_template = template
+    return fast

@@ -50,16 +50,20 @@ def write(kind: str, state: dict[str, Tensor], description: dict[str, Any], dire
 def read(directory: str | os.PathLike) -> Head | None:
     """The head beside a model: ours, then one at the top, then one inside the weights; None without any."""
     directory = Path(directory)
-    described = {}
-    if (directory / DESCRIPTION).is_file():
-        described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    described = description(directory)
     for name in (VALUE_HEAD, CLASS_HEAD, *AT_THE_TOP):
         if (directory / name).is_file():
             known = {} if name in AT_THE_TOP else described
             return Head(_load(directory / name), known.get("activation"), int(known.get("good", 1)),
                         str(directory / name))
-    state = _inside(directory)
+    state = inside(directory, "v_head.")
     return Head(state, None, 1, f"v_head.* in the weights of {directory}") if state else None
+
+
+def description(directory: str | os.PathLike) -> dict[str, Any]:
+    """What `svpo_head.json` says; empty without one."""
+    path = Path(directory) / DESCRIPTION
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -68,32 +72,32 @@ def _load(path: Path) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _inside(directory: Path) -> dict[str, Tensor]:
-    """Tensors v_head.* of a model's own files."""
-    state = {}
-    for name in _files_with_head(directory):
+def inside(directory: str | os.PathLike, part: str) -> dict[str, Tensor]:
+    """Tensors of a model's own files whose names begin with `part` or hold it behind a dot: "v_head.", "score."."""
+    directory, state = Path(directory), {}
+    for name in _files_with_head(directory, part):
         if name.endswith(".safetensors"):
             with safetensors.safe_open(directory / name, "pt") as file:
-                state.update({key: file.get_tensor(key) for key in file.keys() if _is_head(key)})
+                state.update({key: file.get_tensor(key) for key in file.keys() if _is_head(key, part)})
         else:
             held = torch.load(directory / name, map_location="cpu", weights_only=True, mmap=True)
-            state.update({key: tensor.clone() for key, tensor in held.items() if _is_head(key)})
+            state.update({key: tensor.clone() for key, tensor in held.items() if _is_head(key, part)})
     return state
 
 
-def _files_with_head(directory: Path) -> list[str]:
+def _files_with_head(directory: Path, part: str) -> list[str]:
     for kind in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{kind}.index.json"
         if index.is_file():
             held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted({file for key, file in held.items() if _is_head(key)})
+            return sorted({file for key, file in held.items() if _is_head(key, part)})
         if (directory / kind).is_file():
             return [kind]
     return []
 
 
-def _is_head(key: str) -> bool:
-    return "v_head" in key.split(".")
+def _is_head(key: str, part: str) -> bool:
+    return f".{part}" in f".{key}"
 
 
 def load_into(module: nn.Module, head: Head, exact: bool = False) -> None:

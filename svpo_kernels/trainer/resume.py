@@ -128,13 +128,13 @@ def sources(config: SVPOConfig, lm: nn.Module | None) -> dict[str, Any]:
         "model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")}
     for key in ("train_file", "eval_file"):
         path = getattr(config, key)
-        found[key] = _digest(path) if path and os.path.exists(path) else path
+        found[key] = file_digest(path) if path and os.path.exists(path) else path
     if lm is not None:
         found["model"] = model_fingerprint(lm)
     return found
 
 
-def _digest(path: str) -> str:
+def file_digest(path: str) -> str:
     """Name and hash of a file, or of a folder's files with their names."""
     digest = hashlib.sha256()
     inside = sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
