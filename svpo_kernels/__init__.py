@@ -1,9 +1,14 @@
-"""svpo_kernels: fused ops, packed step trees and a trainer for step-level preference and process-reward training.
+"""Ops, packed step trees and a trainer for step-level preference, policy-gradient and process-reward training.
 
-The public names (public.py) are loaded together when the first one is used, because torch takes seconds: the command
-line imports this package too, and answers `--help` or a wrong key before that.
+    import svpo_kernels as sk
+
+Letters: T packed tokens, D hidden size, V vocabulary, N predictions (scored tokens), R distinct rows that predict them,
+S steps, P pairs, C classes of a head, B sequences. Outputs are fp32 (fp64 for fp64), gradients in their input's dtype;
+every op takes `backend="auto"` ("cuda", "triton", "cpu" or "reference"), and `sk.backends()` says what runs here.
 """
 
+# The public names (public.py) are loaded together when the first one is used, because torch takes seconds: the command
+# line imports this package too, and answers `--help` or a wrong key before that.
 import importlib.util
 import sys
 from types import ModuleType

@@ -220,9 +220,11 @@ def linear_step_logps(
 
     Equivalent to:
 
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        logits = logits + lora_scaling * (hidden @ lora_a.T) @ lora_b.T             # with low-rank factors
-        out = step_logps(logits, labels, step_ids, shift=shift, ...)
+    ```python
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits + lora_scaling * (hidden @ lora_a.T) @ lora_b.T             # with low-rank factors
+    out = step_logps(logits, labels, step_ids, shift=shift, ...)
+    ```
 
     Only the scored rows are gathered and multiplied. Differentiable in hidden, weight, bias, lora_a and lora_b,
     exactly, for any upstream gradient: 2 matrix products forward + backward when only hidden needs a gradient (frozen

@@ -156,9 +156,11 @@ def prm_scores(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor |
 
     Equivalent to:
 
-        z = hidden.flatten(0, -2)[positions].float() @ weight.float().T + bias
-        scores = activation(z).squeeze(-1)           # C = 1
-        scores = z.softmax(-1)[:, good]              # C = 2
+    ```python
+    z = hidden.flatten(0, -2)[positions].float() @ weight.float().T + bias
+    scores = activation(z).squeeze(-1)           # C = 1
+    scores = z.softmax(-1)[:, good]              # C = 2
+    ```
 
     Args:
         hidden: (B, L, D) or (T, D), fp32, bf16, fp16 (fp64 on the reference), contiguous in its last dimension.
@@ -174,7 +176,8 @@ def prm_scores(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor |
         its own dtype; that of hidden is zero outside the positions.
 
     Raises:
-        TypeError: a dtype that is not supported. ValueError: a shape, device, layout or option that does not fit.
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device, layout or option that does not fit.
         IndexError: a position out of range (CPU positions; on a device the score is NaN).
     """
     op = "prm_scores"
@@ -191,8 +194,10 @@ def prm_scores_from_lm_head(hidden: Tensor, positions: Tensor, lm_head_weight: T
 
     Equivalent to:
 
-        logits = hidden.flatten(0, -2)[positions].float() @ lm_head_weight[[good_token, bad_token]].float().T
-        scores = (softcap * tanh(logits / softcap)).softmax(-1)[:, 0]
+    ```python
+    logits = hidden.flatten(0, -2)[positions].float() @ lm_head_weight[[good_token, bad_token]].float().T
+    scores = (softcap * tanh(logits / softcap)).softmax(-1)[:, 0]
+    ```
 
     but the other rows of lm_head_weight are never read and there is no (T, V).
 
@@ -290,8 +295,8 @@ def aggregate_scores(scores: Tensor, offsets: Tensor, how: str = "min", *, backe
         gradient.
 
     Raises:
-        TypeError: a dtype that is not supported. ValueError: a shape or device that does not fit, offsets that do not
-        run from 0 to S (CPU offsets).
+        TypeError: a dtype that is not supported.
+        ValueError: a shape or device that does not fit, offsets that do not run from 0 to S (CPU offsets).
     """
     op = "aggregate_scores"
     if not isinstance(scores, Tensor) or scores.dtype not in FLOATS:

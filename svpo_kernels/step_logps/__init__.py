@@ -182,9 +182,10 @@ def step_logps(
         (S,), (N,) or labels' shape, fp32 (fp64 for fp64). A step without predictions gives 0 and takes no gradient.
 
     Raises:
-        TypeError: no shift with labels, or a dtype that is not supported. ValueError: a shape, device, layout or option
-        that does not fit. IndexError: a label, row or step out of range (CPU index tensors, and a device's under
-        SVPO_CHECK=1; without it the result is NaN there).
+        TypeError: no shift with labels, or a dtype that is not supported.
+        ValueError: a shape, device, layout or option that does not fit.
+        IndexError: a label, row or step out of range (CPU index tensors, and a device's under SVPO_CHECK=1; without it
+            the result is NaN there).
 
     Source: autoregressive log-likelihood of a span, as DPO (arXiv 2305.18290, eq. 7) and Step-DPO (arXiv 2406.18629,
     eq. 2) use it.

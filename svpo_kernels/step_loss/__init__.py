@@ -33,15 +33,24 @@ COUNTS = ("pairs", "labelled steps", "SFT steps")
 class SVPOLoss(NamedTuple):
     """loss and its four terms, each differentiable on its own; the rest are metrics, detached."""
 
-    loss: Tensor  # preference_weight * preference + value_weight * value + rank_weight * rank + sft_weight * sft
+    loss: Tensor
+    """preference_weight * preference + value_weight * value + rank_weight * rank + sft_weight * sft."""
     preference: Tensor
+    """The mean over pairs, before its weight, as the three that follow."""
     value: Tensor
+    """The mean over labelled steps."""
     rank: Tensor
+    """The mean over pairs."""
     sft: Tensor
-    chosen_rewards: Tensor  # (P,) beta (lp - ref) of the chosen steps; NaN without step_logps
-    rejected_rewards: Tensor  # (P,)
-    accuracy: Tensor  # share of pairs whose chosen reward is larger
-    value_accuracy: Tensor  # share of pairs whose chosen value is larger; NaN without values
+    """The mean over SFT steps."""
+    chosen_rewards: Tensor
+    """(P,) beta (lp - ref) of the chosen steps; NaN without step_logps."""
+    rejected_rewards: Tensor
+    """(P,), of the rejected ones."""
+    accuracy: Tensor
+    """Share of pairs whose chosen reward is larger."""
+    value_accuracy: Tensor
+    """Share of pairs whose chosen value is larger; NaN without values."""
 
 
 # -- raw ops ----------------------------------------------------------------------------------------------------------
@@ -221,9 +230,10 @@ def svpo_loss(
     on each term. Hinges pass the gradient at their kink. Run-to-run bitwise equal.
 
     Raises:
-        TypeError: a dtype that is not supported. ValueError: a shape, device or option that does not fit, a count of 0
-        for a term with members, another tensor that requires grad, no reference for a term that reads it (or one
-        beside reference_free). IndexError: a step out of [0, S) (on a device: NaN).
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device or option that does not fit, a count of 0 for a term with members, another tensor
+            that requires grad, no reference for a term that reads it (or one beside reference_free).
+        IndexError: a step out of [0, S) (on a device: NaN).
 
     Source: DPO (arXiv 2305.18290, eq. 7) on steps (Step-DPO, arXiv 2406.18629) with an explicit value head (SVPO, arXiv
     2406.10858); label smoothing is cDPO's, "ipo" arXiv 2310.12036, "hinge" SLiC (arXiv 2305.10425) on DPO's rewards.

@@ -32,14 +32,22 @@ __all__ = ["POLICY_PRESETS", "StepPolicyLoss", "policy_weights", "step_advantage
 class StepPolicyLoss(NamedTuple):
     """loss and its three terms, each differentiable on its own; the rest are metrics over members, detached."""
 
-    loss: Tensor  # policy + kl_weight * kl - entropy_weight * entropy
+    loss: Tensor
+    """policy + kl_weight * kl - entropy_weight * entropy."""
     policy: Tensor
-    kl: Tensor  # 0 without ref_logps
-    entropy: Tensor  # 0 without entropy
-    clip_fraction: Tensor  # share of members that a bound, the dual clip or the limit of 20 changed
+    """The weighted mean of the members' losses."""
+    kl: Tensor
+    """0 without ref_logps."""
+    entropy: Tensor
+    """0 without entropy."""
+    clip_fraction: Tensor
+    """Share of members that a bound, the dual clip or the limit of 20 changed."""
     ratio_mean: Tensor
+    """Mean of pi / old over the members."""
     ratio_max: Tensor
-    approx_kl: Tensor  # mean of old - new over the members' tokens
+    """The largest of them."""
+    approx_kl: Tensor
+    """Mean of old - new over the members' tokens."""
 
 
 # -- raw ops ----------------------------------------------------------------------------------------------------------
@@ -171,9 +179,11 @@ def step_policy_loss(
     equal.
 
     Raises:
-        TypeError: a dtype that is not supported. ValueError: a shape, device or option that does not fit, kl_weight
-        without ref_logps, entropy_weight without entropy, an advantage for a step without tokens, a total of 0 beside
-        members, another tensor that requires grad. IndexError: a step id at or above S (on a device: NaN).
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device or option that does not fit, kl_weight without ref_logps, entropy_weight without
+            entropy, an advantage for a step without tokens, a total of 0 beside members, another tensor that requires
+            grad.
+        IndexError: a step id at or above S (on a device: NaN).
 
     Source: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), GSPO (arXiv 2507.18071), CISPO (MiniMax-M1, arXiv
     2506.13585), SAPO (arXiv 2511.20347); k1, k2, k3: Schulman, Approximating KL Divergence (2020).

@@ -114,7 +114,8 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, *, scal
         in its own dtype. No dropout. The same bits from run to run.
 
     Raises:
-        TypeError: a dtype that is not supported. ValueError: a shape, device, layout or option that does not fit.
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device, layout or option that does not fit.
         IndexError: a subtree_end outside (k, T] (CPU tensors, and a device's under SVPO_CHECK=1).
 
     Source: the visibility rule of depth-first packed trees; softcap of Gemma-2 (arXiv 2408.00118), sinks of gpt-oss
