@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import tiny_trees
 from test_packing import check_steps, path_of, sequences, trie_size
+from training_ import make_trainer, unequal_data
 
 from svpo_kernels import StepNode, StepTree, pack_trees, select_pairs
+from svpo_kernels.trainer import TrainData
+from svpo_kernels.trainer import trainer as trainer_module
+from svpo_kernels.trainer.planner import EpochPlanner, PackSettings
 from svpo_kernels.trees.cuts import MaxTokens, Price
-from svpo_kernels.trees.packing import Part, packs_of
+from svpo_kernels.trees.packing import Pack, Part, packs_of
 from svpo_kernels.trees.request import Request, by_prompt
 from svpo_kernels.trees.trie import Trie
 
@@ -120,3 +124,84 @@ def test_trees_are_taken_prompt_by_prompt_as_a_trie_would_meet_them():
         branch = [first(prompts[t][:shared + 1]) if len(prompts[t]) > shared else t for t in (a, b)]
         assert branch[0] < branch[1], (a, b)
     assert by_prompt([]) == []
+
+
+# -- the trainer's plan ---------------------------------------------------------------------------------------------
+
+
+def planner_of(data, **settings):
+    return EpochPlanner(data, PackSettings(**dict(max_tokens=80, pairs_per_step=20) | settings), 3)
+
+
+def test_a_process_makes_its_own_packs_only(monkeypatch):
+    made = []
+    batch = Pack.batch
+    monkeypatch.setattr(Pack, "batch", lambda pack: made.append(pack) or batch(pack))
+    planner = planner_of(unequal_data(), world_size=3)
+    shares = [planner.share(0, 0, rank) for rank in range(3)]
+    own = [sum(len(pack["batch"].pairs) > 0 for pack in share["packs"]) for share in shares]
+    assert len(made) == sum(own) == len(planner.planned(0, 0)) and len({len(share["packs"]) for share in shares}) == 1
+    for kind in range(3):
+        assert shares[0]["counts"][kind] == sum(pack["counts"][kind] for share in shares for pack in share["packs"])
+
+
+@pytest.mark.parametrize("packing", ["tree", "distinct", "pairs"])
+@pytest.mark.parametrize("values", ["pairs", "path", "labelled"])
+def test_values_count_once_over_all_blocks(values, packing):
+    data = unequal_data(sft=True)
+    data.trees.append(tiny_trees.random_tree(9, depth=2, children=2))  # without a pair
+    data = TrainData(data.trees, [*data.pairs, np.zeros((0, 2))], [*data.sft, [1, 2]])
+    planner = planner_of(data, values=values, once=True, packing=packing, pairs_per_step=5)
+    assert len(planner) > 5
+    targets, sft, pairs = [], [], 0
+    for step in range(len(planner)):
+        share = planner.share(0, step, 0)
+        for pack in share["packs"]:
+            nodes = list(map(tuple, pack["batch"].node_of_step.tolist()))
+            counted = [node for node, q in zip(nodes, pack["batch"].value_targets.tolist(), strict=True) if q == q]
+            assert pack["counts"] == (len(pack["batch"].pairs), len(counted), len(pack["batch"].sft_steps))
+            targets += counted
+            sft += [nodes[place] for place in pack["batch"].sft_steps.tolist()]
+        pairs += share["counts"][0]
+    assert len(set(targets)) == len(targets) and planner.totals() == (pairs, len(targets), len(sft))
+    assert len(targets) == data.num_targets(values)
+    assert sorted(sft) == [(t, i) for t, nodes in enumerate(data.sft) for i in sorted(nodes.tolist())]
+
+
+@pytest.mark.parametrize("preset", [dict(preset="svpo", values="path"), dict(preset="svpo", values="labelled"),
+                                    dict(preset="step_dpo", sft_weight=0.5)])
+def test_an_evaluation_in_blocks_is_that_in_one(tmp_path, monkeypatch, preset):
+    held_out = unequal_data(((3, 2), (2, 3)), sft="sft_weight" in preset)
+    found = []
+    for block in (1024, 7):
+        monkeypatch.setattr(trainer_module, "BLOCK", block)
+        found.append(make_trainer(tmp_path / str(block), eval_data=held_out, **preset).evaluate())
+    for name, value in found[0].items():
+        if not name.startswith(("eval_runtime", "eval_samples", "eval_steps", "eval_compute")):
+            assert found[1][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_references_in_blocks_are_those_in_one(tmp_path, monkeypatch):
+    found = []
+    for block in (1024, 7):
+        monkeypatch.setattr(trainer_module, "BLOCK", block)
+        data = unequal_data(references=False)
+        make_trainer(tmp_path / str(block), data=data, values="labelled").prepare_reference(data)
+        found.append([node.ref_logp for tree in data.trees for node in tree.nodes if node.ref_logp is not None])
+    assert len(found[0]) > 30 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_step_of_a_large_tree_looks_at_the_nodes_it_needs(monkeypatch):
+    rng = random.Random(0)
+    nodes = [StepNode(-1 if i < 4 else i // 4 - 1, [rng.randrange(50) for _ in range(5)], rng.uniform(-1, 1))
+             for i in range(4000)]
+    tree = StepTree([1, 2], nodes)
+    data = TrainData([tree], [select_pairs(tree, "all")], [np.arange(0, 4000, 3)])
+    parts = []
+    made = Part.__init__
+    monkeypatch.setattr(Part, "__init__", lambda part, *given: made(part, *given) or parts.append(part))
+    for values in ("pairs", "path", "labelled"):
+        planner = planner_of(data, max_tokens=4096, pairs_per_step=64, values=values)
+        parts.clear()
+        assert planner.share(0, 40, 0)["counts"][0] == 64
+        assert 40 < sum(len(part.node) for part in parts) < 400

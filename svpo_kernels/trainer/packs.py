@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,15 @@ from svpo_kernels.trees.packing import StepBatch, empty_batch
 from svpo_kernels.trees.tree import StepTree
 
 from .train_data import TrainData
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pack that is cut and not yet made. cost: tokens. counts: (pairs, labelled steps, SFT steps)."""
+
+    cost: int
+    counts: tuple[int, int, int]
+    make: Callable[[], dict[str, Any]]
 
 
 def described(batch: StepBatch, numbers: np.ndarray, weight: dict) -> dict[str, Any]:
@@ -26,7 +37,7 @@ def described(batch: StepBatch, numbers: np.ndarray, weight: dict) -> dict[str, 
 
 
 def count_targets_once(packs: list[dict[str, Any]]) -> None:
-    """Over the packs of a step every value target and SFT step counts in the first pack that holds its node."""
+    """Over padded packs every value target and SFT step counts in the first that holds its node."""
     valued: set[tuple[int, int]] = set()
     imitated: set[tuple[int, int]] = set()
     for pack in packs:
@@ -63,22 +74,20 @@ def visit_smoothing(trees: list[StepTree], batch: StepBatch) -> torch.Tensor:
     return torch.where(visits.sum(1) > 0, visits[:, 1] / visits.sum(1), 0.5)
 
 
-def add_gains(trees: list[StepTree], packs: list[dict[str, Any]]) -> None:
-    """Every pack's references, and its `gains` (S,): the value after a step less that before it, NaN: not known.
+def add_gains(trees: list[StepTree], pack: dict[str, Any]) -> None:
+    """A pack's references, and its `gains` (S,): the value after a step less that before it, NaN: not known.
 
     Before a first step it is the mean of the tree's first steps, weighted by visits where each of them has some.
     """
-    for pack in packs:
-        batch = pack["batch"]
-        gains = torch.full((batch.plan.num_steps,), float("nan"))
-        for step in (~torch.isnan(batch.value_targets)).nonzero().flatten().tolist():
-            tree, node = batch.node_of_step[step].tolist()
-            gains[step] = gain(trees[tree], node)
-        pack["gains"] = gains
-        references = [trees[tree].nodes[node].ref_logp for tree, node in batch.node_of_step.tolist()]
-        known = bool(references) and None not in references
-        batch["ref_step_logps"] = torch.tensor(references, dtype=torch.float32) if known else None
-        pack["counts"] = (pack["counts"][0], int((~gains.isnan()).sum()), pack["counts"][2])
+    batch = pack["batch"]
+    gains = torch.full((batch.plan.num_steps,), float("nan"))
+    for step in (~torch.isnan(batch.value_targets)).nonzero().flatten().tolist():
+        tree, node = batch.node_of_step[step].tolist()
+        gains[step] = gain(trees[tree], node)
+    pack["gains"] = gains
+    references = [trees[tree].nodes[node].ref_logp for tree, node in batch.node_of_step.tolist()]
+    known = bool(references) and None not in references
+    batch["ref_step_logps"] = torch.tensor(references, dtype=torch.float32) if known else None
 
 
 def gain(tree: StepTree, node: int) -> float:
@@ -96,23 +105,22 @@ def root_value(tree: StepTree) -> float | None:
     return float(np.average([node.q_value for node in first], weights=visits))
 
 
-def count_trials(trees: list[StepTree], packs: list[dict[str, Any]]) -> None:
-    """Every pack's `trials` (S,), visits of its labelled steps and 0 elsewhere; they are what its counts count then.
+def add_trials(trees: list[StepTree], pack: dict[str, Any]) -> None:
+    """A pack's `trials` (S,), visits of its labelled steps and 0 elsewhere."""
+    batch = pack["batch"]
+    found = torch.zeros(batch.plan.num_steps)
+    for step in (~torch.isnan(batch.value_targets)).nonzero().flatten().tolist():
+        tree, node = batch.node_of_step[step].tolist()
+        found[step] = trials(trees[tree], tree, node)
+    pack["trials"] = found
 
-    Raises ValueError for a labelled step without a visit count.
-    """
-    for pack in packs:
-        batch = pack["batch"]
-        labelled = ~torch.isnan(batch.value_targets)
-        trials = torch.zeros(len(labelled))
-        for step in labelled.nonzero().flatten().tolist():
-            tree, node = batch.node_of_step[step].tolist()
-            visits = trees[tree].nodes[node].visits
-            if visits is None:
-                raise ValueError(f"svpo train: label_trials needs visit counts; node {node} of tree {tree} has none")
-            trials[step] = visits
-        pack["trials"] = trials
-        pack["counts"] = (pack["counts"][0], int(trials.sum()), pack["counts"][2])
+
+def trials(tree: StepTree, index: int, node: int) -> float:
+    """The visits of a labelled step of tree `index`. Raises ValueError without a visit count."""
+    visits = tree.nodes[node].visits
+    if visits is None:
+        raise ValueError(f"svpo train: label_trials needs visit counts; node {node} of tree {index} has none")
+    return visits
 
 
 def score_paths(data: TrainData, batch: StepBatch) -> None:

@@ -7,25 +7,33 @@ denominators of the loss are the whole step's counts, so neither loss nor gradie
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from svpo_kernels.trees.template import common_prefix
+from svpo_kernels.trees.packing import packs_of
+from svpo_kernels.trees.request import pair_tokens
 
 from .batches import build_batches
 from .packs import (
+    Planned,
     add_gains,
+    add_trials,
     balance,
     count_targets_once,
-    count_trials,
     described,
     empty_pack,
+    gain,
     score_paths,
+    trials,
     visit_smoothing,
 )
-from .train_data import TrainData, longest_alone, node_homes, with_values_of
+from .targets import Targets
+from .train_data import TrainData, longest_alone, pruned
 
 PAIRLESS = -1  # in a plan: this tree comes along for its values or SFT steps, without a pair
 
@@ -43,6 +51,7 @@ class PackSettings:
     visit_smoothing: bool = False
     gains: bool = False  # labelled steps come with the gain in value that they make
     trials: bool = False  # labelled steps count as often as they were visited
+    once: bool = False  # a node's value counts in one step of the epoch only, not in every step that has its pairs
 
 
 Item = tuple[int, int]  # (tree, index of one of its pairs, or PAIRLESS)
@@ -54,9 +63,9 @@ class EpochPlanner:
     def __init__(self, data: TrainData, settings: PackSettings, seed: int | None) -> None:
         """seed None keeps the order of the data, as for evaluation."""
         self.data, self.settings, self.seed = data, settings, seed
-        self._homes = [node_homes(tree, pairs) for tree, pairs in zip(data.trees, data.pairs, strict=True)]
         self._orders = [self._pair_order(index) for index in range(len(data.trees))]
         self.num_items = sum(len(order) for order in self._orders)
+        self._targets = Targets(data, settings.values, settings.once)
         self._epoch: tuple[int, list[list[Item]]] | None = None
         if settings.packing == "tree":
             self._check_lengths()
@@ -75,10 +84,7 @@ class EpochPlanner:
                              f"{index}, got {most}; raise it, or leave out long paths with max_path_tokens")
         for index, (tree, pairs) in enumerate(zip(self.data.trees, self.data.pairs, strict=True)):
             for w, l in pairs.tolist():
-                tokens = tree.length[w] + tree.length[l] - min(tree.start[w], tree.start[l])
-                if tokens > most:  # siblings may share more than that: count
-                    shared = common_prefix(tree.path(w), tree.path(l))
-                    tokens = tree.length[w] + tree.length[l] - shared
+                tokens = pair_tokens(tree, w, l, most)
                 if tokens > most:
                     raise ValueError(
                         f"svpo train: max_tokens must be at least {tokens}, the tokens of pair ({w}, {l}) of tree "
@@ -93,8 +99,7 @@ class EpochPlanner:
         """The items of one tree, pairs that share most of their path next to each other."""
         tree, pairs = self.data.trees[index], self.data.pairs[index]
         if len(pairs):
-            place = np.argsort(tree.order)  # of each node in a depth-first walk
-            keys = [(place[chosen], place[rejected]) for chosen, rejected in pairs]
+            keys = [(tree.place[chosen], tree.place[rejected]) for chosen, rejected in pairs.tolist()]
             return [(index, pair) for pair in sorted(range(len(pairs)), key=keys.__getitem__)]
         return [(index, PAIRLESS)] if len(self.data.alone(index, self.settings.values)) else []
 
@@ -119,32 +124,37 @@ class EpochPlanner:
             "steps_per_epoch": len(self),
         }
 
-    def packs(self, epoch: int, step: int) -> list[dict[str, Any]]:
-        """All packs of a step, over all processes: dicts with `batch` (StepBatch), `weights` (P,) and `cost`."""
+    def planned(self, epoch: int, step: int) -> list[Planned]:
+        """All packs of a step, over all processes: cut, and made by those that run them."""
         items = self.steps(epoch)[step]
         parts = min(self.settings.world_size * self.settings.min_packs, len(items))
-        packs = []
-        for part in self._cut(items, parts):
-            packs.extend(self._pack(part))
-        count_targets_once(packs)
-        if self.settings.gains:
-            add_gains(self.data.trees, packs)
-        if self.settings.trials:
-            count_trials(self.data.trees, packs)
-        return packs
+        valued: set[tuple[int, int]] = set()  # every value counts once a step
+        return [pack for part in self._cut(items, parts) for pack in self._plan(part, valued)]
+
+    def packs(self, epoch: int, step: int) -> list[dict[str, Any]]:
+        """All packs of a step, over all processes: dicts with `batch` (StepBatch), `weights` (P,) and `cost`."""
+        return [pack.make() for pack in self.planned(epoch, step)]
 
     def share(self, epoch: int, step: int, rank: int) -> dict[str, Any]:
-        """What one process runs of a step.
+        """What one process runs of a step; it makes no other packs.
 
         Returns packs (the same number on every process) and counts = (pairs, labelled steps, SFT steps) of the whole
         step.
         """
-        packs = self.packs(epoch, step)
-        counts = tuple(int(sum(pack["counts"][kind] for pack in packs)) for kind in range(3))
-        mine = balance([pack["cost"] for pack in packs], self.settings.world_size)[rank]
+        packs = self.planned(epoch, step)
+        counts = tuple(int(sum(pack.counts[kind] for pack in packs)) for kind in range(3))
+        mine = balance([pack.cost for pack in packs], self.settings.world_size)[rank]
         most = -(-len(packs) // self.settings.world_size)
-        own = [packs[index] for index in mine] + [empty_pack()] * (most - len(mine))
+        own = [packs[index].make() for index in mine] + [empty_pack() for _ in range(most - len(mine))]
         return {"packs": own, "counts": counts}
+
+    def totals(self) -> tuple[int, int, int]:
+        """The counts of all steps of an epoch together, where every value counts once."""
+        data, labelled = self.data, 0
+        for index in range(len(data.trees)):
+            nodes = self._targets.of_tree(index)
+            labelled += int(self._count(index, nodes.tolist()))
+        return data.num_pairs, labelled, sum(map(len, data.sft))
 
     def _cut(self, items: list[Item], parts: int) -> list[list[Item]]:
         """Contiguous parts, none of them empty, of about equal lengths in tokens."""
@@ -164,33 +174,87 @@ class EpochPlanner:
         length = self.data.trees[tree].length
         return sum(length if pair == PAIRLESS else (length[node] for node in self.data.pairs[tree][pair]))
 
-    def _pack(self, items: list[Item]) -> list[dict[str, Any]]:
-        """Packs of some items; their trees are numbered as in the data."""
-        numbers = list(dict.fromkeys(tree for tree, _ in items))
-        chosen = {tree: [pair for other, pair in items if other == tree and pair != PAIRLESS] for tree in numbers}
-        joining = [self._joining(tree, chosen[tree]) for tree in numbers]
-        trees = [self.data.trees[tree] for tree in numbers]
-        pairs = [self.data.pairs[tree][chosen[tree]] for tree in numbers]
-        sft = [nodes[joins[nodes]] for nodes, joins in zip((self.data.sft[t] for t in numbers), joining, strict=True)]
-        if self.settings.values == "labelled":
-            for place, rows in enumerate(pairs):
-                joining[place][rows] = True
-            trees = [with_values_of(tree, joins) for tree, joins in zip(trees, joining, strict=True)]
-        weight: dict[tuple[int, int, int], float] = {}
-        for tree in numbers:
-            for pair in chosen[tree]:
-                weight[(tree, *map(int, self.data.pairs[tree][pair]))] = float(self.data.weights[tree][pair])
-        settings = self.settings
-        batches = build_batches(settings.packing, trees, pairs, sft, settings.max_tokens, settings.values)
-        packs = [{**described(batch, np.asarray(numbers), weight), "packing": settings.packing} for batch in batches]
-        if settings.visit_smoothing:
-            for pack in packs:
-                pack["smoothing"] = visit_smoothing(self.data.trees, pack["batch"])
-        if self.data.paths:
-            for pack in packs:
-                score_paths(self.data, pack["batch"])
-        return packs
+    def _plan(self, items: list[Item], valued: set[tuple[int, int]]) -> Iterator[Planned]:
+        """Packs of some items; their trees are numbered as in the data. valued: (tree, node) whose values have been
+        counted in this step, which grows."""
+        chosen: dict[int, list[int]] = {}
+        for tree, pair in items:
+            chosen.setdefault(tree, []).append(pair)
+        numbers, pairs, weight = list(chosen), [], {}
+        targets, sft = [], []
+        for tree, rows in chosen.items():
+            rows = [row for row in rows if row != PAIRLESS]
+            pairs.append(self.data.pairs[tree][rows])
+            weight.update(((tree, w, l), each) for (w, l), each in zip(
+                pairs[-1].tolist(), self.data.weights[tree][rows].tolist(), strict=True))
+            nodes, own = self._targets.of_pairs(tree, rows)
+            targets.append(np.array([i for i in nodes.tolist() if (tree, i) not in valued], np.int64))
+            valued.update((tree, i) for i in targets[-1].tolist())
+            sft.append(own)
+        make = self._tree_packs if self.settings.packing == "tree" else self._padded_packs
+        yield from make(numbers, pairs, targets, sft, weight)
 
-    def _joining(self, tree: int, chosen: list[int]) -> np.ndarray:
-        """Nodes that join an optimizer step with these pairs of a tree; all of them if the tree has no pair."""
-        return np.isin(self._homes[tree], chosen) if len(self.data.pairs[tree]) else self._homes[tree] == 0
+    def _tree_packs(self, numbers: list[int], pairs: list[np.ndarray], targets: list[np.ndarray],
+                    sft: list[np.ndarray], weight: dict) -> Iterator[Planned]:
+        trees = [self.data.trees[tree] for tree in numbers]
+        index = np.asarray(numbers, np.int64)
+        for pack in packs_of(trees, pairs, max_tokens=self.settings.max_tokens, values=targets, sft=sft):
+            labelled: dict[int, list[int]] = {}
+            for tree, node in pack.valued_nodes():
+                labelled.setdefault(numbers[tree], []).append(node)
+            counts = (pack.counts[0], sum(self._count(tree, nodes) for tree, nodes in labelled.items()), pack.counts[2])
+
+            def make(pack: Any = pack, counts: tuple = counts) -> dict[str, Any]:
+                return self._finished(described(pack.batch(), index, weight), counts)
+
+            yield Planned(pack.tokens, counts, make)
+
+    def _padded_packs(self, numbers: list[int], pairs: list[np.ndarray], targets: list[np.ndarray],
+                      sft: list[np.ndarray], weight: dict) -> Iterator[Planned]:
+        settings = self.settings
+        cut = [pruned(self.data.trees[tree], rows, values, own)
+               for tree, rows, values, own in zip(numbers, pairs, targets, sft, strict=True)]
+        batches = build_batches(settings.packing, [tree for tree, _ in cut],
+                                [np.searchsorted(kept, rows) for (_, kept), rows in zip(cut, pairs, strict=True)],
+                                [np.searchsorted(kept, own) for (_, kept), own in zip(cut, sft, strict=True)],
+                                settings.max_tokens, settings.values)
+        for batch in batches:
+            nodes = batch["node_of_step"]
+            for place, (_, kept) in enumerate(cut):
+                rows = nodes[:, 0] == place
+                nodes[rows, 1] = torch.from_numpy(kept)[nodes[rows, 1]]
+        packs = [described(batch, np.asarray(numbers), weight) for batch in batches]
+        count_targets_once(packs)
+        for pack in packs:
+            batch = pack["batch"]
+            labelled = batch.node_of_step[~batch.value_targets.isnan()].tolist()
+            counts = (pack["counts"][0], sum(self._count(tree, [node]) for tree, node in labelled), pack["counts"][2])
+
+            def make(pack: dict[str, Any] = pack, counts: tuple = counts) -> dict[str, Any]:
+                return self._finished(pack, counts)
+
+            yield Planned(pack["cost"], counts, make)
+
+    def _count(self, tree: int, nodes: list[int]) -> int:
+        """For how many the values of these nodes count in the denominator: one each, with gains those that have one,
+        with trials their visits."""
+        tree_ = self.data.trees[tree]
+        if self.settings.trials:
+            return int(sum(trials(tree_, tree, node) for node in nodes))
+        if self.settings.gains:
+            return sum(not math.isnan(gain(tree_, node)) for node in nodes)
+        return len(nodes)
+
+    def _finished(self, pack: dict[str, Any], counts: tuple[int, int, int]) -> dict[str, Any]:
+        """A pack with all that the settings add to it."""
+        trees, settings = self.data.trees, self.settings
+        pack.update(packing=settings.packing, counts=counts)
+        if settings.visit_smoothing:
+            pack["smoothing"] = visit_smoothing(trees, pack["batch"])
+        if self.data.paths:
+            score_paths(self.data, pack["batch"])
+        if settings.gains:
+            add_gains(trees, pack)
+        if settings.trials:
+            add_trials(trees, pack)
+        return pack

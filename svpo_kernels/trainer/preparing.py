@@ -61,7 +61,7 @@ class PreparingMixin:
                              "or evaluate these data before training")
         found = reference.compute(
             self._whole(data), lambda batch: self._reference_logps(batch.to(self.args.device)), self.args.process_index,
-            self.args.world_size, lambda packs: self.watch(packs, "reference"),
+            lambda steps: self.watch(steps, "reference"),
         )
         reference.set_references(data, found)
         if self.args.should_save:

@@ -56,11 +56,13 @@ def has_references(data: TrainData) -> bool:
 
 
 def data_fingerprint(data: TrainData) -> str:
-    """Hash of the scored ids: each scored step and the path before it, or all of the path."""
+    """Hash of the steps whose references are read and of the ids of their trees."""
     digest = hashlib.blake2b(digest_size=16)
-    for index, node in places(data):
-        tree = data.trees[index]
-        digest.update(json.dumps([node, data.paths or tree.start[node], tree.path(node)]).encode())
+    for tree, nodes in zip(data.trees, data.referenced(), strict=True):
+        if len(nodes):
+            paths = tree.paths
+            digest.update(json.dumps([data.paths, nodes.tolist(), paths.parent, paths.start, paths.length]).encode())
+            digest.update(paths.ids.tobytes())
     return digest.hexdigest()
 
 
@@ -70,19 +72,19 @@ def cache_path(directory: str | os.PathLike, model: nn.Module, data: TrainData, 
     return Path(directory) / f"reference-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
 
 
-def compute(planner: EpochPlanner, score: Callable[[Any], torch.Tensor], rank: int, world_size: int,
+def compute(planner: EpochPlanner, score: Callable[[Any], torch.Tensor], rank: int,
             watch: Callable[[Any], Any] = iter) -> dict[tuple[int, int], float]:
     """Log-probs by (tree, node) of all referenced steps. Each process scores its share, and all get all of them.
 
-    score: a StepBatch -> step log-probs (S,). watch: wraps the list of packs, for a progress bar.
+    score: a StepBatch -> step log-probs (S,). watch: wraps the steps of the planner, for a progress bar.
     """
-    packs = [pack for step in range(len(planner)) for pack in planner.packs(0, step)]
     found = {}
-    for pack in watch(packs[rank::world_size]):
-        batch = pack["batch"]
-        logps = score(batch).double().cpu().tolist()
-        for place, logp in zip(batch.node_of_step.tolist(), logps, strict=True):
-            found[tuple(place)] = logp
+    for step in watch(range(len(planner))):
+        for pack in planner.share(0, step, rank)["packs"]:
+            batch = pack["batch"]  # of one token and no step where this process has no work left
+            logps = score(batch).double().cpu().tolist()
+            for place, logp in zip(batch.node_of_step.tolist(), logps, strict=True):
+                found[tuple(place)] = logp
     return {place: logp for part in gather_object([found]) for place, logp in part.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,9 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[key]:.3g}" for key, name in self.SHOWN.items() if key in logs})
 
 
-def watch(items: Iterable[Any], title: str) -> Iterator[Any]:
-    """A progress bar over a list, gone when it is done."""
-    return iter(tqdm(list(items), desc=title, unit="pack", leave=False, dynamic_ncols=True))
+def watch(items: Sized, title: str) -> Iterator[Any]:
+    """A progress bar over what has a length, gone when it is done."""
+    return iter(tqdm(items, desc=title, unit="block", leave=False, dynamic_ncols=True))
 
 
 def draw_curves(history: list[dict[str, float]], path: str | os.PathLike, title: str = "") -> Path:

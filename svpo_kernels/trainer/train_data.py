@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from svpo_kernels.trees.request import with_ancestors
 from svpo_kernels.trees.tree import StepTree
 
 
@@ -116,23 +117,12 @@ def neighbours(tree: StepTree) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def node_homes(tree: StepTree, pairs: np.ndarray) -> np.ndarray:
-    """(nodes,) the pair with which each node is trained by its value or as an SFT step, once an epoch.
-
-    It is the first pair that holds the node, else the last one before it in a depth-first walk; 0 without pairs.
-    """
-    homes = np.full(len(tree), -1, np.int64)
-    for index, pair in reversed(list(enumerate(pairs.tolist()))):
-        homes[pair] = index
-    latest = 0
-    for node in tree.order:
-        latest = homes[node] if homes[node] >= 0 else latest
-        homes[node] = latest
-    return homes
-
-
-def with_values_of(tree: StepTree, keep: np.ndarray) -> StepTree:
-    """The tree with q_value only where keep (nodes,) is true."""
-    nodes = [node if keep[index] or node.q_value is None else replace(node, q_value=None)
-             for index, node in enumerate(tree.nodes)]
-    return tree if all(a is b for a, b in zip(nodes, tree.nodes, strict=True)) else StepTree(tree.prompt_ids, nodes)
+def pruned(tree: StepTree, pairs: np.ndarray, valued: np.ndarray, sft: np.ndarray) -> tuple[StepTree, np.ndarray]:
+    """The tree with these nodes and those above them only, and q_values of the valued ones only; and which nodes of the
+    tree its nodes are, ascending."""
+    kept = np.array(sorted(with_ancestors(tree, [*pairs.ravel().tolist(), *valued.tolist(), *sft.tolist()])), np.int64)
+    place = {-1: -1} | {i: at for at, i in enumerate(kept.tolist())}
+    counts = set(valued.tolist())
+    nodes = [replace(node, parent=place[node.parent], q_value=node.q_value if i in counts else None)
+             for i, node in ((i, tree.nodes[i]) for i in kept.tolist())]
+    return StepTree(tree.paths.prompt, nodes), kept

@@ -35,13 +35,15 @@ from .sampler import EpochSampler, StepDataset
 from .saving import SavingMixin
 from .train_data import TrainData, longest_alone, neighbours
 
+BLOCK = 1024  # pairs a process that are planned at a time when all of the data are run
+
 
 class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
     """Trains a StepModel on step trees with `svpo_loss`.
 
     model: a StepModel. args: SVPOConfig. train_data, eval_data: TrainData. ref_model: a StepModel without value head,
-    for reference log-probs; default: the model itself as it is now, adapters off. watch: wraps a list while it is
-    worked through, for a progress bar.
+    for reference log-probs; default: the model itself as it is now, adapters off. watch: wraps what has
+    a length while it is worked through, for a progress bar.
 
     Raises ValueError for more than one GPU in one process, and for a model that packing would train wrongly (see
     `check_packing`) unless packing_fallback is distinct.
@@ -143,9 +145,9 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
                           collate_fn=_only)
 
     def _whole(self, data: TrainData) -> EpochPlanner:
-        """All of the data as one step, in its own order."""
+        """All of the data in their own order, in blocks that are planned one after the other."""
         settings = self._resolved(data, self.accelerator.unwrap_model(self.model))
-        return EpochPlanner(data, replace(settings, pairs_per_step=data.num_pairs + len(data.trees)), None)
+        return EpochPlanner(data, replace(settings, pairs_per_step=BLOCK * settings.world_size, once=True), None)
 
     # -- before the first step --------------------------------------------------------------------------------
 
@@ -241,14 +243,15 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
         """Loss and metrics over all of the data, exact whatever the number of packs and processes."""
         model = self._evaluation_model()
         sums, pairs = Sums(), 0
-        data = dataloader.dataset.planner.data
-        self.prepare_reference(data)
+        planner = dataloader.dataset.planner
+        self.prepare_reference(planner.data)
+        totals = planner.totals()
         with torch.no_grad(), self._mode(model, False), self.accelerator.autocast():
-            for step in dataloader:
-                for pack in self.watch(step["packs"], description.lower()):
-                    self.pack_loss(model, pack, step["counts"], sums)
-                sums.add(steps=1.0 / self.args.world_size)
-                pairs += step["counts"][0]
+            for block in self.watch(dataloader, description.lower()):
+                for pack in block["packs"]:
+                    self.pack_loss(model, pack, totals, sums)
+                pairs += block["counts"][0]
+        sums.add(steps=1.0 / self.args.world_size)
         found = means(self._reduce(sums.vector()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)

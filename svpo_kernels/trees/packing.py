@@ -176,7 +176,7 @@ class Part:
         self.node, self.end = node[order], self.trie.end[order]
         self.items = [tuple(self.end[self.at(request.item(n))].tolist()) for n in self.numbers]
         trees, nodes = request.place(self.node)
-        self._places = list(zip(trees.tolist(), nodes.tolist(), strict=True))
+        self.places = list(zip(trees.tolist(), nodes.tolist(), strict=True))
         self.valued, self.sft = (
             np.intersect1d(self.node, wanted, assume_unique=True, return_indices=True)[1:]
             for wanted in (request.valued, request.sft))
@@ -186,7 +186,7 @@ class Part:
         return np.searchsorted(self.node, np.asarray(numbers, dtype=np.int64))
 
     def tree_and_node(self, at: int) -> tuple[StepTree, int]:
-        tree, node = self._places[at]
+        tree, node = self.places[at]
         return self.request.trees[tree], node
 
     def of(self, at: int) -> StepNode:
@@ -245,6 +245,10 @@ class Pack:
         unseen.scored.update(rows)
         return dict(pairwise_lengths=pairwise, distinct_lengths=distinct, pairwise_tokens=sum(pairwise),
                     distinct_tokens=sum(distinct), pairwise_rows=sum(sizes), distinct_rows=sum(rows.values()))
+
+    def valued_nodes(self) -> list[tuple[int, int]]:
+        """(tree, node) of the values that count in this batch."""
+        return [self.part.places[at] for at, q in zip(self.valued.tolist(), self.known, strict=True) if q is not None]
 
     def batch(self) -> StepBatch:
         """The StepBatch of these items: their runs in depth-first order."""
