@@ -167,6 +167,11 @@ def _others(config: Any) -> str | None:
         for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if getattr(config, key):
                 return f"{key} needs dataloader_num_workers of at least 1"
+    if config.packing == "stream":
+        for key in ("fsdp", "deepspeed"):
+            if getattr(config, key):
+                return (f"packing = stream needs whole parameters on every process, got {key} = "
+                        f"{getattr(config, key)!r}: processes run different numbers of segments")
     if "tpu" in str(config.debug):
         return f"debug = {config.debug} needs a TPU; underflow_overflow is known here"
     return None

@@ -19,6 +19,7 @@ from svpo_kernels.trees.packing import StepBatch
 
 from . import head_files, start
 from .heads import TokenHead, ValueHead, make_head
+from .streaming import StreamedPack
 
 
 class StepModel(nn.Module):
@@ -92,7 +93,12 @@ class StepModel(nn.Module):
 
     def forward(self, batch: StepBatch, want_logps: bool = True,
                 labels: Tensor | None = None) -> dict[str, Tensor | None]:
-        """step_logps (S,) if wanted; values (S,) of the head, and with labels (S,) its step_losses (S,); else None."""
+        """step_logps (S,) if wanted; values (S,) of the head, and with labels (S,) its step_losses (S,); else None.
+
+        A batch that is streamed is run so, without gradients; with them it is `StreamingMixin.stream_step`'s.
+        """
+        if batch.get("streamed"):
+            return StreamedPack(self, batch, want_logps, labels).forward()
         hidden = self.hidden_states(batch)
         logps = self.step_logps(hidden, batch) if want_logps else None
         values = losses = None

@@ -57,9 +57,13 @@ def count_targets_once(packs: list[dict[str, Any]]) -> None:
         pack["counts"] = (len(batch.pairs), int((~torch.isnan(targets)).sum()), len(kept))
 
 
-def empty_pack() -> dict[str, Any]:
+def empty_pack(packing: str = "tree", max_tokens: int = 1) -> dict[str, Any]:
     """A pack of one token and no step: it joins the collectives of a step, and no more."""
-    return {"batch": empty_batch(), "weights": torch.zeros(0), "cost": 0, "counts": (0, 0, 0), "packing": "tree"}
+    batch = empty_batch()
+    if packing == "stream":
+        batch["streamed"] = max_tokens
+    return {"batch": batch, "weights": torch.zeros(0), "cost": 0, "counts": (0, 0, 0),
+            "packing": packing if packing == "stream" else "tree"}
 
 
 def visit_smoothing(trees: list[StepTree], batch: StepBatch) -> torch.Tensor:

@@ -36,6 +36,7 @@ from .targets import Targets
 from .train_data import TrainData, longest_alone, pruned
 
 PAIRLESS = -1  # in a plan: this tree comes along for its values or SFT steps, without a pair
+NEVER_CUT = 1 << 62  # tokens
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class EpochPlanner:
         """All packs of a step, over all processes: cut, and made by those that run them."""
         items = self.steps(epoch)[step]
         parts = min(self.settings.world_size * self.settings.min_packs, len(items))
+        if self.settings.packing == "stream":
+            parts = 1  # trees are never cut: they are dealt whole
         valued: set[tuple[int, int]] = set()  # every value counts once a step
         return [pack for part in self._cut(items, parts) for pack in self._plan(part, valued)]
 
@@ -145,7 +148,8 @@ class EpochPlanner:
         counts = tuple(int(sum(pack.counts[kind] for pack in packs)) for kind in range(3))
         mine = balance([pack.cost for pack in packs], self.settings.world_size)[rank]
         most = -(-len(packs) // self.settings.world_size)
-        own = [packs[index].make() for index in mine] + [empty_pack() for _ in range(most - len(mine))]
+        own = [packs[index].make() for index in mine]
+        own += [empty_pack(self.settings.packing, self.settings.max_tokens) for _ in range(most - len(mine))]
         return {"packs": own, "counts": counts}
 
     def totals(self) -> tuple[int, int, int]:
@@ -191,14 +195,22 @@ class EpochPlanner:
             targets.append(np.array([i for i in nodes.tolist() if (tree, i) not in valued], np.int64))
             valued.update((tree, i) for i in targets[-1].tolist())
             sft.append(own)
-        make = self._tree_packs if self.settings.packing == "tree" else self._padded_packs
+        make = {"tree": self._tree_packs, "stream": self._whole_trees}.get(self.settings.packing, self._padded_packs)
         yield from make(numbers, pairs, targets, sft, weight)
 
+    def _whole_trees(self, numbers: list[int], pairs: list[np.ndarray], targets: list[np.ndarray],
+                     sft: list[np.ndarray], weight: dict) -> Iterator[Planned]:
+        """A pack a tree, however large: to be streamed."""
+        for place in range(len(numbers)):
+            own = slice(place, place + 1)
+            yield from self._tree_packs(numbers[own], pairs[own], targets[own], sft[own], weight, NEVER_CUT)
+
     def _tree_packs(self, numbers: list[int], pairs: list[np.ndarray], targets: list[np.ndarray],
-                    sft: list[np.ndarray], weight: dict) -> Iterator[Planned]:
+                    sft: list[np.ndarray], weight: dict, max_tokens: int | None = None) -> Iterator[Planned]:
+        max_tokens = self.settings.max_tokens if max_tokens is None else max_tokens
         trees = [self.data.trees[tree] for tree in numbers]
         index = np.asarray(numbers, np.int64)
-        for pack in packs_of(trees, pairs, max_tokens=self.settings.max_tokens, values=targets, sft=sft):
+        for pack in packs_of(trees, pairs, max_tokens=max_tokens, values=targets, sft=sft):
             labelled: dict[int, list[int]] = {}
             for tree, node in pack.valued_nodes():
                 labelled.setdefault(numbers[tree], []).append(node)
@@ -249,6 +261,8 @@ class EpochPlanner:
         """A pack with all that the settings add to it."""
         trees, settings = self.data.trees, self.settings
         pack.update(packing=settings.packing, counts=counts)
+        if settings.packing == "stream":
+            pack["batch"]["streamed"] = settings.max_tokens
         if settings.visit_smoothing:
             pack["smoothing"] = visit_smoothing(trees, pack["batch"])
         if self.data.paths:

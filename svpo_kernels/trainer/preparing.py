@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from svpo_kernels.trees.attention import PackingError
 from svpo_kernels.trees.check import check_packing
+from svpo_kernels.trees.stream_check import check_streaming
 
 from . import reference
 from .head_files import FOLDER
@@ -25,18 +26,20 @@ class PreparingMixin:
 
     def check_packing(self) -> None:
         """Compare one path of the first batch with its separate run; refuse, or fall back to distinct if asked."""
-        if self._packing_checked or self.settings.packing != "tree" or self.planner is None:
+        checks = {"tree": check_packing, "stream": check_streaming}
+        if self._packing_checked or self.settings.packing not in checks or self.planner is None:
             return
         model = self.accelerator.unwrap_model(self.model)
         batch = self.planner.packs(0, 0)[0]["batch"].to(self.args.device)
         try:
             with self._mode(model, True), self.accelerator.autocast():  # as in training: dropout is looked for
-                check_packing(model.causal_lm, batch)
+                checks[self.settings.packing](model.causal_lm, batch)
         except PackingError as error:
             if self.config.packing_fallback != "distinct":
                 raise PackingError(
                     f"{error}. Set packing=distinct (each distinct sequence once, under the model's own mask), or "
                     "packing_fallback=distinct to do so by itself"
+                    + ("; packing=stream runs models with a state" if self.settings.packing == "tree" else "")
                 ) from error
             print(f"svpo train: falling back to packing=distinct: {error}")
             self.settings = self.planner.settings = replace(self.settings, packing="distinct")
@@ -74,8 +77,8 @@ class PreparingMixin:
         with self._mode(scorer, False), scorer.adapters_off(), self.accelerator.autocast():
             return scorer(batch)["step_logps"]
 
-    def _references_of(self, batch: Any, logps: Tensor | None) -> Tensor | None:
-        if not self.wants_reference or logps is None or batch.plan.num_steps == 0:
+    def _references_of(self, batch: Any, wanted: bool) -> Tensor | None:
+        if not self.wants_reference or not wanted or batch.plan.num_steps == 0:
             return None
         if self.config.reference == "online":
             return self._reference_logps(batch)

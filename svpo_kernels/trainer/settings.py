@@ -71,7 +71,8 @@ class Settings:
     pairs_per_step: int = _key(64, "Pairs of one optimizer step, over all processes and micro-batches.")
 
     # Packing
-    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair.")
+    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair; stream: "
+                         "trees segment by segment, for any architecture, in the memory of one path.")
     packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
     max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
     values: str | None = _key(None, "Steps whose value is trained: those in pairs (pairs), their ancestors too (path), "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,12 +34,13 @@ from .planner import EpochPlanner, PackSettings
 from .preparing import PreparingMixin
 from .sampler import EpochSampler, StepDataset
 from .saving import SavingMixin
+from .streaming import StreamingMixin
 from .train_data import TrainData, longest_alone, neighbours
 
 BLOCK = 1024  # pairs a process that are planned at a time when all of the data are run
 
 
-class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
+class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
     """Trains a StepModel on step trees with `svpo_loss`.
 
     model: a StepModel. args: SVPOConfig. train_data, eval_data: TrainData. ref_model: a StepModel without value head,
@@ -112,7 +114,9 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
             for each in [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]:
                 pairs = each.pairs if each.num_pairs else [neighbours(tree) for tree in each.trees]
                 tokens.append(max(1, longest_alone(each, self.settings.values)[0]))
-                if any(map(len, pairs)):
+                if self.settings.packing == "stream":  # it cuts nothing: the most of a call of leaves
+                    tokens[-1] = max(tokens[-1], *(max(tree.length, default=1) for tree in each.trees))
+                elif any(map(len, pairs)):
                     found = flops.choose_max_tokens(each.trees, pairs, model.config)
                     tokens[-1] = found if found >= tokens[-1] else MaxTokens(tokens[-1], found.price)
             self.settings = replace(self.settings, max_tokens=max(tokens))
@@ -178,9 +182,10 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
         """
         model.train()
         packs, counts = inputs["packs"], inputs["counts"]
-        losses = []
+        streamed = packs[0]["packing"] == "stream"
+        losses = self.stream_step(model, packs, counts) if streamed else []
         scale = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        for index, pack in enumerate(packs):
+        for index, pack in enumerate(() if streamed else packs):
             last = index == len(packs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             held = contextlib.nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
@@ -212,16 +217,21 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
 
     def pack_loss(self, model: nn.Module, pack: dict[str, Any], counts: tuple | None, sums: Sums) -> tuple[Any, dict]:
         """(the objective's loss, model outputs) of one pack; its metrics are added to sums."""
-        counted = self._count_flops(pack)
-        pack = {name: value.to(self.args.device) if isinstance(value, (Tensor, StepBatch)) else value
-                for name, value in pack.items()}
+        pack, add_counted = self.prepared(pack, sums)
         batch = pack["batch"]
         outputs = model(batch, want_logps=self.wants_logps, labels=self.objective.labels(batch))
-        references = self._references_of(batch, outputs["step_logps"])
+        references = self._references_of(batch, outputs["step_logps"] is not None)
         out = self.objective.loss(outputs, pack, references, counts, sums)
-        sums.add(tokens=_tokens(pack), pairwise_tokens=batch.pairwise_tokens, flops=counted[0],
-                 pairwise_flops=counted[1])
+        add_counted()
         return out, outputs
+
+    def prepared(self, pack: dict[str, Any], sums: Sums) -> tuple[dict[str, Any], Callable[[], None]]:
+        """A pack on this process's device, and what adds its tokens and FLOPs to sums once it is run."""
+        counted = self._count_flops(pack)
+        moved = {name: value.to(self.args.device) if isinstance(value, (Tensor, StepBatch)) else value
+                 for name, value in pack.items()}
+        return moved, lambda: sums.add(tokens=_tokens(pack), pairwise_tokens=pack["batch"].pairwise_tokens,
+                                       flops=counted[0], pairwise_flops=counted[1])
 
     def _count_flops(self, pack: dict[str, Any]) -> tuple[int, int]:
         """Training FLOPs of a pack and of the naive run of its pairs, counted from shapes, once a pack."""
@@ -230,6 +240,8 @@ class SVPOTrainer(PreparingMixin, SavingMixin, Trainer):
             exact = getattr(config, "_attn_implementation", None) in ("flex_attention", "svpo_tree")
             count = flops.count_flops(config, pack["batch"], "exact" if exact else "dense")
             run = {"tree": count.packed, "distinct": count.distinct, "pairs": count.pairwise}
+            if pack["packing"] == "stream":
+                run["stream"] = flops.stream_flops(config, pack["batch"], self.args.gradient_checkpointing)
             pack["flops"] = (run[pack["packing"]], count.pairwise)
         return pack["flops"]
 
@@ -303,7 +315,8 @@ def _only(items: list[Any]) -> Any:
 def _tokens(pack: dict[str, Any]) -> int:
     """Tokens of a pack as its FLOPs are counted: without padding, which packs have none of."""
     batch = pack["batch"]
-    return {"tree": batch.input_ids.numel(), "distinct": batch.distinct_tokens,
+    T = batch.input_ids.numel()
+    return {"tree": T, "stream": T, "distinct": batch.distinct_tokens,
             "pairs": batch.pairwise_tokens}[pack["packing"]]
 
 

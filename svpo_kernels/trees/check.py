@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,17 +43,40 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
     if reason is not None:
         raise PackingError(f"check_packing: {type(model).__name__} cannot run a pack: {reason}")
     path = telling_path(batch)
-    packed_inputs, alone_inputs, padded_inputs = _runs(batch, model, path)
-    packed = _hidden(model, packed_inputs)[-1][0, path]
-    alone = _hidden(model, alone_inputs)[-1][0]
-    padded = _hidden(model, padded_inputs)[-1][0, :len(path)]
-    floor = FLOOR[_run_dtype(alone)]
-    error, allowed = _judge(model, packed, alone, padded, floor)
+    inputs = _runs(batch, model, path)
+
+    def layers(every: bool = True) -> list[Runs]:
+        runs = (hidden_states(model, each, every) for each in inputs)
+        return [Runs(*(hidden[0] for hidden in layer)).on(path) for layer in zip(*runs, strict=True)]
+
+    return judged("check_packing", "packed", model, batch, path, layers(every=False)[-1], layers)
+
+
+class Runs(NamedTuple):
+    """Hidden states of a path's tokens: of the run in question, alone, and alone but padded: its noise."""
+
+    ours: Tensor
+    alone: Tensor
+    padded: Tensor
+
+    def on(self, path: Tensor) -> Runs:
+        """From whole runs (T, D), (L, D), (more than L, D) to the path's tokens, (L, D) each."""
+        return Runs(self.ours[path], self.alone, self.padded[: len(path)])
+
+
+def judged(op: str, how: str, model: nn.Module, batch: Any, path: Tensor, runs: Runs,
+           layers: Callable[[], Iterable[Runs]], least: float = 0.0) -> PackingCheck:
+    """The verdict on a path's last hidden states. layers: gives them layer by layer, the embedding first, for a name.
+    least: what is allowed whatever the noise.
+
+    Raises PackingError with the figures and the layer type where they differ by more than noise.
+    """
+    error, allowed = _judge(model, runs, least)
     if not error <= allowed:  # NaN is a difference too
         raise PackingError(
-            f"check_packing: {type(model).__name__} gives other hidden states packed than alone: relative difference "
+            f"{op}: {type(model).__name__} gives other hidden states {how} than alone: relative difference "
             f"{error:.2e}, allowed {allowed:.2e} (noise of two separate runs), on a path of {len(path)} tokens among "
-            f"{batch.input_ids.shape[1]}, first at {_where(model, packed_inputs, alone_inputs, padded_inputs, path)}")
+            f"{batch.input_ids.shape[1]}, first at {_where(model, layers(), least)}")
     return PackingCheck(error, allowed, path)
 
 
@@ -69,15 +93,20 @@ def telling_path(batch: Any) -> Tensor:
 
 def _runs(batch: Any, model: nn.Module, path: Tensor) -> tuple[dict[str, Any], ...]:
     """Inputs of the pack, of the path alone, and of the path padded to the pack's length by its last token."""
-    T, L = batch.input_ids.shape[1], len(path)
-    positions = torch.arange(T, device=path.device)[None]
+    return model_inputs(batch, model), *separate_runs(batch, path, batch.input_ids.shape[1])
+
+
+def separate_runs(batch: Any, path: Tensor, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of a path alone, and of it padded to that length by its last token."""
+    L = len(path)
+    positions = torch.arange(length, device=path.device)[None]
     ids = batch.input_ids[:, path]
-    padded = torch.cat([ids, ids[:, -1:].expand(1, T - L)], dim=1)
-    return (model_inputs(batch, model), {"input_ids": ids, "position_ids": positions[:, :L]},
+    padded = torch.cat([ids, ids[:, -1:].expand(1, length - L)], dim=1)
+    return ({"input_ids": ids, "position_ids": positions[:, :L]},
             {"input_ids": padded, "position_ids": positions.clamp_max(L - 1), "attention_mask": (positions < L).long()})
 
 
-def _hidden(model: nn.Module, inputs: dict[str, Any], every: bool = False) -> tuple[Tensor, ...]:
+def hidden_states(model: nn.Module, inputs: dict[str, Any], every: bool = False) -> tuple[Tensor, ...]:
     output = decoder(model)(**inputs, use_cache=False, output_hidden_states=every, return_dict=True)
     if every:
         return output.hidden_states
@@ -93,35 +122,33 @@ def _run_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float16 if tf32 else hidden.dtype
 
 
-def _judge(model: nn.Module, packed: Tensor, alone: Tensor, padded: Tensor, floor: float) -> tuple[float, float]:
+def _judge(model: nn.Module, runs: Runs, least: float) -> tuple[float, float]:
     """(error, allowed). Per token, then the largest; under rounding a router may send single tokens elsewhere, so a
     mixture of experts in low precision is judged by the token nine tenths up."""
-    config = text_config(model)
+    config, floor = text_config(model), max(FLOOR[_run_dtype(runs.alone)], least)
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     q = 0.9 if experts and floor > 1e-4 else 1.0
 
     def difference(a: Tensor) -> float:
-        a, b = a.double(), alone.double()
+        a, b = a.double(), runs.alone.double()
         each = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
         return float(torch.quantile(each, q)) if bool(each.isfinite().all()) else float("nan")
 
-    return difference(packed), NOISE_FACTOR * difference(padded) + floor
+    return difference(runs.ours), NOISE_FACTOR * difference(runs.padded) + floor
 
 
-def _where(model: nn.Module, packed: dict[str, Any], alone: dict[str, Any], padded: dict[str, Any],
-           path: Tensor) -> str:
+def _where(model: nn.Module, layers: Iterable[Runs], least: float) -> str:
     """The first layer whose output differs, with its type."""
-    runs = [_hidden(model, inputs, every=True) for inputs in (packed, alone, padded)]
     config = text_config(model)
     types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    layers = getattr(decoder(model), "layers", None) or getattr(decoder(model), "h", None) or ()
-    for i, (p, a, n) in enumerate(zip(*runs, strict=True)):
-        error, allowed = _judge(model, p[0, path], a[0], n[0, :len(path)], FLOOR[_run_dtype(a)])
+    modules = getattr(decoder(model), "layers", None) or getattr(decoder(model), "h", None) or ()
+    for i, runs in enumerate(layers):
+        error, allowed = _judge(model, runs, least)
         if not error <= allowed:
             if i == 0:
                 return "the embedding (position ids)"
             kind = types[i - 1] if i - 1 < len(types) else "attention"
-            name = type(layers[i - 1]).__name__ if i - 1 < len(layers) else "unnamed"
+            name = type(modules[i - 1]).__name__ if i - 1 < len(modules) else "unnamed"
             return f"layer {i - 1}, of type {kind!r} ({name})"
     return f"the last layer, of type {types[-1] if types else 'attention'!r}"
 

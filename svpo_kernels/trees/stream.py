@@ -77,8 +77,8 @@ def stream_backward(model: nn.Module, batch: Any, loss_fn: Callable[[StreamOutpu
     processes once, at the end, as DDP does.
 
     Raises ValueError, TypeError or IndexError for bad arguments, PackingError naming the layer for a model that cannot
-    be streamed, and ValueError naming the parameter for one that is sharded and not gathered, for dropout, noise on
-    embeddings and prompt-tuning adapters, and for a loss without a gradient.
+    be streamed (dropout and noise on embeddings included), and ValueError naming the parameter for one that is sharded
+    and not gathered, for prompt-tuning adapters, and for a loss without a gradient.
     """
     require_choice(OP, "reduction", reduction, ("sum", "mean", "none"))
     if not isinstance(loss_scale, Tensor):
@@ -129,14 +129,19 @@ class Stream:
 
     def run(self, unit: Unit, parent: Any, leaves: bool) -> tuple[Tensor, Any, list[Tensor]]:
         """(hidden states (b L, D), the cache behind the unit, the states it goes on from, as leaves of its graph)."""
+        output, made, taken = self.call(unit, parent, leaves)
+        return output.last_hidden_state.flatten(0, 1), made, taken
+
+    def call(self, unit: Unit, parent: Any, leaves: bool, **more: Any) -> tuple[Any, Any, list[Tensor]]:
+        """As `run`, with all that the decoder returns."""
         made, taken = caches.empty(self.config), []
         if parent is not None:
             made, taken = caches.fork(parent, unit.rows.shape[0], leaves)
         device = self.batch.input_ids.device
         rows = unit.rows.to(device)
         inputs = {"input_ids": self.batch.input_ids[0, rows], "position_ids": self.batch.position_ids[0, rows]}
-        output = self.decoder(**inputs, use_cache=True, return_dict=True, **{self.cache_name: made})
-        return output.last_hidden_state.flatten(0, 1), made, taken
+        output = self.decoder(**inputs, use_cache=True, return_dict=True, **{self.cache_name: made}, **more)
+        return output, made, taken
 
     def score(self, hidden: Tensor, part: Part) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """(log-probs (n,), stats {name: (n,)}, heads {name: (k, ...)}) of what a unit owns."""
@@ -165,8 +170,8 @@ class Stream:
             if unit.inner:
                 kept[index] = made
 
-        with self._uncheckpointed():
-            _walk(self.units, enter, kept.pop)
+        with self.uncheckpointed():
+            walk(self.units, enter, kept.pop)
             device = plan.labels.device
             logps = _gathered([(part.places, own[0]) for part, own in found], plan.num_predictions, device)
             stats = {name: _gathered([(part.places, own[1][name]) for part, own in found], plan.num_predictions, device)
@@ -182,6 +187,11 @@ class Stream:
         weight = head(self.model)["weight"]
         none = torch.zeros(0, dtype=torch.int64)
         return none, self.calls[name](weight.new_zeros(0, weight.shape[1]), none.to(weight.device))
+
+    def outputs(self, reduction: str) -> StreamOutputs:
+        """What `forward` gives, log-probs reduced to steps."""
+        found = self.forward()
+        return found._replace(logps=reduce_steps(found.logps, self.batch.plan.tensors, reduction))
 
     # -- pass 2 -----------------------------------------------------------------------------------------------
 
@@ -216,7 +226,7 @@ class Stream:
     # -- what holds during a walk -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _uncheckpointed(self) -> Iterator[None]:
+    def uncheckpointed(self) -> Iterator[None]:
         """transformers' checkpointing drops the cache: it is off. So is autocast's cache of cast weights: one made
         without gradients would be used with them."""
         on = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -258,8 +268,8 @@ class _BackwardWalk:
         self.held: dict[int, _Held] = {}
 
     def walk(self) -> None:
-        with self.stream._uncheckpointed():
-            _walk(self.stream.units, self.enter, self.leave)
+        with self.stream.uncheckpointed():
+            walk(self.stream.units, self.enter, self.leave)
 
     def enter(self, index: int) -> None:
         unit, again = self.stream.units[index], self.recompute
@@ -309,7 +319,7 @@ class _BackwardWalk:
             yield tensor, None if leaf.grad is None else leaf.grad[places.to(leaf.device)].to(tensor.device)
 
 
-def _walk(made: list[Unit], enter: Callable[[int], None], leave: Callable[[int], Any]) -> None:
+def walk(made: list[Unit], enter: Callable[[int], None], leave: Callable[[int], Any]) -> None:
     """Depth first over units in their order; leave: of an inner unit, when all that goes on from it is done."""
     above: list[int] = []
     for index, unit in enumerate(made):
