@@ -18,7 +18,7 @@ from svpo_kernels.reasoning import choose
 from svpo_kernels.reasoning.loading import load_scoring_model
 from svpo_kernels.reasoning.run import ScoreOptions, run_score
 from svpo_kernels.reasoning.solutions import final_answer, read_problems, same_answer
-from svpo_kernels.trainer import head_files
+from svpo_kernels.trainer import head_files, prm_metrics
 from svpo_kernels.trainer.heads import ClassHead, TokenHead, ValueHead
 
 PROBLEM, SOLUTIONS = prm_models.PROBLEM, prm_models.SOLUTIONS
@@ -157,7 +157,7 @@ def test_f1_of_a_known_answer(tmp_path, model):
 
 
 def test_best_of_n_and_votes(tmp_path, model):
-    aggregates = {i: choose.aggregates(scores_of(model, steps)) for i, steps in enumerate(SOLUTIONS)}
+    aggregates = {i: prm_metrics.aggregates(scores_of(model, steps)) for i, steps in enumerate(SOLUTIONS)}
     best = max(aggregates, key=lambda i: aggregates[i]["mean"])
     rows = [{"question": PROBLEM, "responses": ["\n\n".join(steps) for steps in SOLUTIONS],
              "correct": [i == best for i in range(3)], "pred": ["a", "b", "a"], "gt": "c"},
@@ -174,13 +174,13 @@ def test_best_of_n_and_votes(tmp_path, model):
     assert chosen[0]["weighted_majority"]["answer"] == votes
     second = scores[4] > scores[3]
     assert summary["best_of"]["mean"] == (lines[chosen[0]["solution"]]["correct"] + second) / 2
-    assert summary["best_of"]["oracle"] == 1.0 and set(choose.AGGREGATES) < set(summary["best_of"])
+    assert summary["best_of"]["oracle"] == 1.0 and set(prm_metrics.AGGREGATES) < set(summary["best_of"])
     vote = 0 if votes == "a" and scores[0] > scores[2] else 2 if votes == "a" else 1
     assert summary["best_of"]["weighted_majority"] == (lines[vote]["correct"] + second) / 2
 
 
 def test_choices():
-    assert choose.best([0.5, float("nan"), 0.9, 0.9]) == 2
+    assert prm_metrics.best([0.5, float("nan"), 0.9, 0.9]) == 2
     assert choose.weighted_majority(["a", "b", "b", None], [0.9, 0.5, 0.6, 1.0]) == 2
     assert choose.weighted_majority([None], [1.0]) is None
     scores, wrong = [0.1, 0.2, 0.3, 0.4, 0.9, 0.15], [True, True, True, True, False, False]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from training_ import Gradients, make_config, small_lm, unequal_data
 
-from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData
+from svpo_kernels import StepNode, StepTree
+from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData, prm_metrics, report
 from svpo_kernels.trainer.config import ConfigError
 from svpo_kernels.trainer.heads import ClassHead, TokenHead
 from svpo_kernels.trainer.prm_metrics import first_error_metrics, step_metrics, step_sums
@@ -176,3 +177,76 @@ def test_the_f1_of_a_known_answer():
 def test_settings_that_do_not_fit(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         make_config(tmp_path, **settings)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def solution_data():
+    """Chains as ProcessBench has them, right and wrong ones, two problems with several; truth said for some."""
+    torch.manual_seed(4)
+    trees, correct = [], []
+    for problem in range(3):
+        prompt = torch.randint(0, 97, (6,)).tolist()
+        for solution in range(4):
+            steps = 2 + (problem + solution) % 3
+            wrong = steps if solution % 2 else (problem + solution) % steps
+            values = [1.0 if i < wrong else -1.0 if i == wrong else None for i in range(steps)]
+            trees.append(StepTree(prompt, [StepNode(i - 1, torch.randint(0, 97, (3 + i,)).tolist(), q)
+                                           for i, q in enumerate(values)]))
+            correct.append(None if problem == 2 else wrong == steps)
+    return TrainData(trees, [torch.zeros(0, 2).long().numpy()] * len(trees), correct=correct)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 30}, {"packing": "distinct"}], ids=["packed", "cut", "distinct"])
+def test_evaluation_judges_whole_solutions(tmp_path, more):
+    """First errors, F1 and the best of N equal to those of scores from one run a step, whatever the packs."""
+    data, lm = solution_data(), small_lm(F64)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(6)
+    head = head_for(lm, "two")
+    with torch.no_grad():
+        head.score.weight.mul_(40)
+    trainer = SVPOTrainer(StepModel(lm, head), make_config(tmp_path, objective="prm", head="class", **more), data, data)
+    found = trainer.evaluate()
+    scores = []
+    for tree in data.trees:
+        with torch.no_grad():
+            hidden = lm.model(torch.tensor([tree.path(len(tree) - 1)])).last_hidden_state[0]
+            ends = torch.tensor(tree.length) - 1
+            scores.append(head.score(hidden[ends]).softmax(-1)[:, 1].tolist())
+    wrong = [prm_metrics.first_error([None if n.q_value is None else (n.q_value + 1) / 2 for n in tree.nodes])
+             for tree in data.trees]
+    assert {-1} < set(wrong) and len(wrong) == 12
+    expected = first_error_metrics(zip(scores, wrong, strict=True))
+    assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert 0 < expected["prm/first_error_accuracy"] < 1
+    for how in prm_metrics.AGGREGATES:
+        chosen = []
+        for problem in range(2):  # the third says of no solution that it is right, and its wrong ones end unlabelled
+            group = [prm_metrics.aggregates(each)[how] for each in scores[4 * problem : 4 * problem + 4]]
+            chosen.append(data.correct[4 * problem + max(range(4), key=group.__getitem__)])
+        assert found[f"eval_prm/best_of/{how}"] == sum(chosen) / 2
+    assert found["eval_prm/best_of/oracle"] == 1.0 and found["eval_prm/best_of/first"] == 0.0
+
+
+def test_evaluation_is_drawn_and_logged(tmp_path):
+    trainer = SVPOTrainer(StepModel(small_lm(), head_for(small_lm(), "two")), make_config(
+        tmp_path, objective="prm", head="class", eval_strategy="steps", eval_steps=1), solution_data(), solution_data())
+    trainer.train()
+    history = trainer.state.log_history
+    assert "eval_prm/f1" in history[1] or "eval_prm/correct_accuracy" in history[1]
+    assert report.draw_curves(history, tmp_path / "curves.png").stat().st_size > 10_000
+    table = report.summary_table(history, "run")
+    assert "eval_prm/best_of/min" in list(table.columns[0].cells)
+
+
+def test_implicit_rewards_are_evaluated_on_labelled_steps(tmp_path):
+    data = solution_data()
+    data.paths = True
+    config = make_config(tmp_path, objective="implicit_prm", beta=0.2)
+    found = SVPOTrainer(StepModel(small_lm(), False), config, data, data,
+                        ref_model=StepModel(small_lm(), False)).evaluate()
+    assert found["eval_prm/correct_accuracy"] == 1.0  # the reference is the model itself: every score is 0.5
+    assert found["eval_prm/error_accuracy"] == 0.0 and found["eval_prm/f1"] == 0.0

@@ -1,27 +1,10 @@
-"""What is made of step scores: aggregates, the best of N, votes weighted by score, a threshold for a wanted recall."""
+"""Choices by score: votes weighted by it, and a threshold for a wanted recall. Aggregates and the best of N, which
+training measures too, are in `trainer/prm_metrics.py`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-
-import torch
-
-from svpo_kernels.prm import aggregate_scores
-
-AGGREGATES = ("min", "prod", "geomean", "mean", "last")
-
-
-def aggregates(scores: Sequence[float]) -> dict[str, float]:
-    """Every aggregate of one solution's scores, by `aggregate_scores` (ties, zeros and empties as there)."""
-    each = torch.tensor(scores, dtype=torch.float32)
-    offsets = torch.tensor([0, len(scores)])
-    return {how: aggregate_scores(each, offsets, how).item() for how in AGGREGATES}
-
-
-def best(scores: Sequence[float]) -> int:
-    """Index of the largest score, the first of equals; a NaN never wins."""
-    return max(range(len(scores)), key=lambda i: (-math.inf if math.isnan(scores[i]) else scores[i], -i))
+from collections.abc import Sequence
 
 
 def weighted_majority(answers: Sequence[str | None], scores: Sequence[float]) -> int | None:
@@ -50,20 +33,3 @@ def fit_threshold(scores: Sequence[float], wrong: Sequence[bool], recall: float)
         raise ValueError("svpo score: no labelled step is wrong: a threshold cannot be fitted")
     needed = math.ceil(recall * len(below) - 1e-9)
     return math.nextafter(below[needed - 1], math.inf)
-
-
-def best_of_accuracy(groups: Iterable[Sequence[tuple[dict[str, float], bool]]]) -> dict[str, float]:
-    """Share of problems whose best solution is right, by aggregate, over (aggregates, correct) of each solution.
-
-    Groups of one solution, and those with a solution of unknown truth, are left out. `oracle`: some solution is right;
-    `first`: the first one is, what a single sample gives.
-    """
-    hits: dict[str, list[bool]] = {}
-    for group in groups:
-        if len(group) < 2 or any(correct is None for _, correct in group):
-            continue
-        for how in AGGREGATES:
-            hits.setdefault(how, []).append(group[best([scores[how] for scores, _ in group])][1])
-        hits.setdefault("first", []).append(group[0][1])
-        hits.setdefault("oracle", []).append(any(correct for _, correct in group))
-    return {how: sum(found) / len(found) for how, found in hits.items()}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from svpo_kernels.data.convert import convert
 from svpo_kernels.data.formats import DataError
 from svpo_kernels.data.formats import tables as hub
-from svpo_kernels.trainer.prm_metrics import first_below, first_error_metrics
+from svpo_kernels.trainer import prm_metrics
 from svpo_kernels.trainer.resume import file_digest
 
 from . import choose
@@ -69,8 +69,8 @@ def run_score(file: str, model: str | ScoringModel, out: str | os.PathLike | Non
     Raises ValueError, FileExistsError, DataError in one line.
     """
     options = options or ScoreOptions()
-    if options.aggregate not in choose.AGGREGATES:
-        raise ValueError(f"svpo score: aggregate must be one of {', '.join(choose.AGGREGATES)}, got "
+    if options.aggregate not in prm_metrics.AGGREGATES:
+        raise ValueError(f"svpo score: aggregate must be one of {', '.join(prm_metrics.AGGREGATES)}, got "
                          f"{options.aggregate!r}")
     if (options.fit_on is None) != (options.recall is None):
         raise ValueError("svpo score: a threshold is fitted on labels (fit_on) for a wanted recall: give both or none")
@@ -185,10 +185,10 @@ def _line(line: dict[str, Any]) -> str:
 
 def _described(scored: Scored, options: ScoreOptions) -> dict[str, Any]:
     solution, scores = scored.solution, scored.scores
-    every = choose.aggregates(scores)
+    every = prm_metrics.aggregates(scores)
     line = {"row": solution.row, "solution": solution.index, "id": solution.id, "prompt": solution.prompt,
             "steps": solution.steps, "scores": scores, "aggregates": every, "score": every[options.aggregate],
-            "first_below": first_below(scores, options.threshold), "threshold": options.threshold}
+            "first_below": prm_metrics.first_below(scores, options.threshold), "threshold": options.threshold}
     if scored.truncated:
         line["truncated"] = scored.truncated
     more = {"first_error": solution.first_error, "correct": solution.correct, "answer": solution.answer}
@@ -239,12 +239,12 @@ def _summary(lines: list[dict[str, Any]], runner: Runner, problems: Problems, op
         f"tokens run, {counts.alone:,} with one run a solution, {counts.again:,} with one run a step")
     known = [(line["scores"], line["first_error"]) for line in lines if "first_error" in line]
     if known:
-        metrics = first_error_metrics(known, options.threshold)
+        metrics = prm_metrics.first_error_metrics(known, options.threshold)
         found |= metrics
         say(f"first errors of {len(known):,} solutions at threshold {options.threshold:.6g}: "
             + ", ".join(f"{name.removeprefix('prm/')} {value:.4f}" for name, value in metrics.items()))
     groups = _by_problem(lines)
-    accuracies = choose.best_of_accuracy(
+    accuracies = prm_metrics.best_of_accuracy(
         [(line["aggregates"], line.get("correct")) for line in group] for group in groups)
     votes = _vote_accuracy(groups)
     if accuracies:
@@ -284,7 +284,7 @@ def _write_best(path: Path, groups: list[list[dict[str, Any]]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for group in groups:
             scores = [line["score"] for line in group]
-            line = group[choose.best(scores)]
+            line = group[prm_metrics.best(scores)]
             vote = choose.weighted_majority([each.get("answer") for each in group], scores)
             chosen = {key: line[key] for key in kept if key in line} | {"of": len(group)}
             if vote is not None:

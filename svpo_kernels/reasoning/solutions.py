@@ -17,6 +17,7 @@ from svpo_kernels.data.formats.files import iterate_rows
 from svpo_kernels.data.formats.ledger import Ledger
 from svpo_kernels.data.formats.record import RawRow, need_text, with_template_fields
 from svpo_kernels.data.load import DataFile, load
+from svpo_kernels.trainer.prm_metrics import first_error
 
 from .scorers import Scorer
 
@@ -112,16 +113,6 @@ def _paths(record: Record) -> list[Solution]:
             record.meta.get("first_error", first_error(labels)), record.meta.get("final_answer_correct"),
             final_answer(record.nodes[leaf].text), record.meta.get("id")))
     return found
-
-
-def first_error(labels: Sequence[float | None]) -> int | None:
-    """The index of the first step labelled below 0.5, -1 where all are labelled and none is; None: labels lack."""
-    for i, label in enumerate(labels):
-        if label is None:
-            return None
-        if label < 0.5:
-            return i
-    return -1
 
 
 # -- rows of one problem and N answers --------------------------------------------------------------------------------

@@ -25,12 +25,14 @@ from svpo_kernels.step_loss import dvo_loss, svpo_loss
 from . import prm_metrics
 from .config import SVPOConfig
 from .metrics import Sums, add_pack
+from .solution_metrics import StepScores
 
 
 class Preference:
     """`svpo_loss` over pairs of sibling steps, values of steps and SFT steps."""
 
     name = "preference"
+    evaluates = None  # the steps that evaluation runs: those of training, or of another rule for values
 
     def __init__(self, config: SVPOConfig) -> None:
         self.config, self.arguments = config, config.loss_arguments()
@@ -93,9 +95,11 @@ class ProcessReward:
 
     name = "prm"
     wants_logps = wants_reference = False
+    evaluates = "all"  # in evaluation steps without a label are scored too: solutions are judged whole
 
     def __init__(self, config: SVPOConfig) -> None:
         self.config = config
+        self.scores: StepScores | None = None  # where evaluation keeps those of every step
 
     def labels(self, batch: Any) -> Tensor:
         """(S,) in [0, 1], NaN where a step has none; hard ones above label_threshold, if that is set."""
@@ -123,6 +127,8 @@ class ProcessReward:
         with torch.no_grad():
             sums.add(loss=loss)
             sums.add(**prm_metrics.step_sums(scores, labels))
+            if self.scores is not None:
+                self.scores.add(pack["batch"].node_of_step, scores)
         return Loss(loss)
 
 
@@ -131,6 +137,7 @@ class ImplicitReward(ProcessReward):
 
     name = "implicit_prm"
     wants_logps = wants_reference = True
+    evaluates = None  # references are those of labelled steps
 
     def loss(self, outputs: dict[str, Tensor | None], pack: dict[str, Any], references: Tensor | None,
              counts: tuple | None, sums: Sums) -> Loss:
@@ -147,6 +154,7 @@ class ValueOptimization:
 
     name = "dvo"
     wants_logps = True
+    evaluates = None
 
     def __init__(self, config: SVPOConfig) -> None:
         self.config, self.beta = config, config.loss_arguments()["beta"]

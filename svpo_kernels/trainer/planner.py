@@ -156,8 +156,9 @@ class EpochPlanner:
         """The counts of all steps of an epoch together, where every value counts once."""
         data, labelled = self.data, 0
         for index in range(len(data.trees)):
-            nodes = self._targets.of_tree(index)
-            labelled += int(self._count(index, nodes.tolist()))
+            nodes = data.trees[index].nodes
+            labelled += int(self._count(index, [i for i in self._targets.of_tree(index).tolist()
+                                                if nodes[i].q_value is not None]))
         return data.num_pairs, labelled, sum(map(len, data.sft))
 
     def _cut(self, items: list[Item], parts: int) -> list[list[Item]]:

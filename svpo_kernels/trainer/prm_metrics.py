@@ -7,12 +7,16 @@ whole solutions (first error, ProcessBench's F1, best of N) comes from the score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from svpo_kernels.prm import aggregate_scores
+
+AGGREGATES = ("min", "prod", "geomean", "mean", "last")
 BINS = 200
 CALIBRATION = 10  # bins of the expected calibration error, as in Guo et al., arXiv 1706.04599
 HISTOGRAMS = ("prm/good", "prm/bad", "prm/all", "prm/label")  # good steps, bad steps, all labelled, sums of labels
@@ -72,3 +76,45 @@ def first_error_metrics(solutions: Iterable[tuple[Sequence[float], int]], thresh
         a, b = found["prm/error_accuracy"], found["prm/correct_accuracy"]
         found["prm/f1"] = 2 * a * b / (a + b) if a + b else 0.0
     return found
+
+
+def first_error(labels: Sequence[float | None], threshold: float = 0.5) -> int | None:
+    """The index of the first step labelled below the threshold, -1 where all are labelled and none is; None: labels
+    lack before it is known."""
+    for i, label in enumerate(labels):
+        if label is None:
+            return None
+        if label < threshold:
+            return i
+    return -1
+
+
+# -- choosing among solutions -----------------------------------------------------------------------------------------
+
+
+def aggregates(scores: Sequence[float]) -> dict[str, float]:
+    """Every aggregate of one solution's scores, by `aggregate_scores` (ties, zeros and empties as there)."""
+    each, offsets = torch.tensor(scores, dtype=torch.float32), torch.tensor([0, len(scores)])
+    return {how: aggregate_scores(each, offsets, how).item() for how in AGGREGATES}
+
+
+def best(scores: Sequence[float]) -> int:
+    """Index of the largest score, the first of equals; a NaN never wins."""
+    return max(range(len(scores)), key=lambda i: (-math.inf if math.isnan(scores[i]) else scores[i], -i))
+
+
+def best_of_accuracy(groups: Iterable[Sequence[tuple[Mapping[str, float], bool | None]]]) -> dict[str, float]:
+    """Share of problems whose best solution is right, by aggregate, over (aggregates, correct) of each solution.
+
+    Groups of one solution, and those with a solution of unknown truth, are left out. `oracle`: some solution is right;
+    `first`: the first one is, what a single sample gives.
+    """
+    hits: dict[str, list[bool]] = {}
+    for group in groups:
+        if len(group) < 2 or any(correct is None for _, correct in group):
+            continue
+        for how in AGGREGATES:
+            hits.setdefault(how, []).append(bool(group[best([scores[how] for scores, _ in group])][1]))
+        hits.setdefault("first", []).append(bool(group[0][1]))
+        hits.setdefault("oracle", []).append(any(correct for _, correct in group))
+    return {how: sum(found) / len(found) for how, found in hits.items()}

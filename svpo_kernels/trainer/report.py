@@ -23,6 +23,11 @@ PANELS = (
     ("Step log-probability", "nats", ("logps/chosen", "logps/rejected")),
     ("Value head: squared error", "(v - target)^2", ("value/mse",)),
     ("Value head: pairs in order", "share", ("value/accuracy",)),
+    ("Steps judged rightly", "share", ("prm/accuracy", "prm/auroc")),
+    ("Calibration error of step scores", "ECE", ("prm/ece",)),
+    ("First errors found", "share", ("prm/first_error_accuracy", "prm/f1")),
+    ("Best of N", "share right", ("prm/best_of/min", "prm/best_of/prod", "prm/best_of/mean", "prm/best_of/last",
+                                  "prm/best_of/geomean", "prm/best_of/first", "prm/best_of/oracle")),
     ("Compute saved against pairs run one by one", "share", ("compute/saved", "compute/saved_flops")),
 )
 
@@ -58,7 +63,8 @@ def _line(entry: dict[str, float]) -> str:
 class ProgressBar(ProgressCallback):
     """Theirs, with the newest figures behind the bar instead of lines above it."""
 
-    SHOWN = {"loss": "loss", "rewards/accuracies": "pairs won", "value/mse": "value mse", "compute/saved": "saved"}
+    SHOWN = {"loss": "loss", "rewards/accuracies": "pairs won", "value/mse": "value mse", "prm/accuracy": "steps right",
+             "compute/saved": "saved"}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -125,7 +131,7 @@ def summary_table(history: list[dict[str, float]], title: str) -> Table:
         for name in names:
             values = [read(history, prefix + name) for read in (first, last)]
             if values[0] is not None:
-                share = name.startswith("compute/") or name.endswith(("accuracies", "accuracy"))
+                share = name.startswith(("compute/", "prm/best_of/")) or name.endswith(("accuracies", "accuracy"))
                 table.add_row(prefix + name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in values))
     return table
 

@@ -75,6 +75,7 @@ def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase,
     pairs, dropped = encoded.counted_pairs(config.pair_rule, config.min_gap, config.max_pairs, dedup=config.dedup,
                                            same_kind=config.same_kind)
     data = make_data(config, encoded.trees, pairs)
+    data.correct = [example.record.meta.get("final_answer_correct") for example in encoded.examples]
     say(encoded.ledger.summary())
     for line in dropped if config.reads_pairs() else ():
         say(f"{path}: {line}")

@@ -28,7 +28,8 @@ class Homes(NamedTuple):
 
 class Targets:
     """values: "pairs", the nodes in some pair; "path", their ancestors too; "labelled", every node with a q_value, each
-    with the pair it is at home with and with every pair that has it. once: with one pair each, under every rule."""
+    with the pair it is at home with and with every pair that has it; "all", of trees without pairs, those without a
+    q_value too. once: with one pair each, under every rule."""
 
     def __init__(self, data: TrainData, values: str, once: bool) -> None:
         self.data, self.values, self.once = data, values, once
@@ -56,7 +57,9 @@ class Targets:
         return valued, home[:0] if plain else np.sort(home[homes.sft[home]])
 
     def of_tree(self, tree: int) -> np.ndarray:
-        """All nodes of a tree whose value is trained, ascending."""
+        """All nodes of a tree whose value is trained, or scored, ascending."""
+        if self.values == "all":
+            return np.arange(len(self.data.trees[tree]))
         nodes, pairs = self.data.trees[tree].nodes, self.data.pairs[tree]
         found = range(len(nodes)) if self.values == "labelled" else np.unique(pairs).tolist()
         if self.values == "path":

@@ -19,7 +19,7 @@ class TrainData:
     trees: the step trees. pairs: per tree (P, 2) int64, (chosen, rejected) node indices. sft: per tree the indices of
     its SFT nodes. weights: per tree (P,) float32, the weight of each pair. paths: a step is scored as the whole path to
     its end (implicit rewards), and so are the references. alone_too: references of labelled steps are read without a
-    pair too (dvo).
+    pair too (dvo). correct: per tree whether its solution is right, None: not known; empty: of none.
     """
 
     trees: list[StepTree]
@@ -28,6 +28,7 @@ class TrainData:
     weights: list[np.ndarray] = field(default_factory=list)
     paths: bool = False
     alone_too: bool = False
+    correct: list[bool | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pairs = [np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in self.pairs]
@@ -71,7 +72,10 @@ class TrainData:
         return total
 
     def alone(self, index: int, values: str) -> np.ndarray:
-        """Nodes of a tree that are trained without a pair too: its SFT steps, under "labelled" those with a value."""
+        """Nodes of a tree that are run without a pair too: its SFT steps, under "labelled" those with a value, under
+        "all" every one."""
+        if values == "all":
+            return np.arange(len(self.trees[index]))
         labelled = [node for node, step in enumerate(self.trees[index].nodes) if step.q_value is not None]
         return np.union1d(self.sft[index], labelled if values == "labelled" else []).astype(np.int64)
 

@@ -29,11 +29,12 @@ from . import checkpoint, not_finite, resume, run_state
 from .config import SVPOConfig
 from .metrics import LENGTH, Sums, as_vector, means
 from .model import StepModel
-from .objectives import make_objective
+from .objectives import ProcessReward, make_objective
 from .planner import EpochPlanner, PackSettings
 from .preparing import PreparingMixin
 from .sampler import EpochSampler, StepDataset
 from .saving import SavingMixin
+from .solution_metrics import StepScores, solution_metrics
 from .streaming import StreamingMixin
 from .train_data import TrainData, longest_alone, neighbours
 
@@ -151,6 +152,9 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
     def _whole(self, data: TrainData) -> EpochPlanner:
         """All of the data in their own order, in blocks that are planned one after the other."""
         settings = self._resolved(data, self.accelerator.unwrap_model(self.model))
+        if self.objective.evaluates is not None:  # paths that training does not run may be longer
+            longest, _, _ = longest_alone(data, self.objective.evaluates)
+            settings = replace(settings, values=self.objective.evaluates, max_tokens=max(settings.max_tokens, longest))
         return EpochPlanner(data, replace(settings, pairs_per_step=BLOCK * settings.world_size, once=True), None)
 
     # -- before the first step --------------------------------------------------------------------------------
@@ -258,13 +262,18 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         planner = dataloader.dataset.planner
         self.prepare_reference(planner.data)
         totals = planner.totals()
+        scores = self.objective.scores = StepScores() if isinstance(self.objective, ProcessReward) else None
         with torch.no_grad(), self._mode(model, False), self.accelerator.autocast():
             for block in self.watch(dataloader, description.lower()):
                 for pack in block["packs"]:
                     self.pack_loss(model, pack, totals, sums)
                 pairs += block["counts"][0]
+        self.objective.scores = None
         sums.add(steps=1.0 / self.args.world_size)
         found = means(self._reduce(sums.vector()))
+        if scores is not None:
+            every = {(tree, node): score for tree, node, score in gather_object(scores.rows())}
+            found |= solution_metrics(planner.data, every, self.config.label_threshold)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)
 
