@@ -49,7 +49,7 @@ class Sizes:
 
     def __init__(self, trie: Trie, items: Sequence[tuple[int, ...]]) -> None:
         ends = np.unique(np.array([e for item in items for e in item], dtype=np.int64))
-        self.items = [np.searchsorted(ends, item) for item in items]
+        self.items = [np.searchsorted(ends, item).tolist() for item in items]
         self.length = trie.depth[ends] + trie.length[ends]
         inner = ends[:-1] + 1
         self.shared = np.minimum.reduceat(trie.depth[:ends[-1] + 1], inner) if len(inner) else inner
@@ -58,7 +58,7 @@ class Sizes:
         """Tokens that the items of these numbers need together."""
         if not len(numbers):
             return 0
-        at = np.unique(np.concatenate([self.items[n] for n in numbers]))
+        at = np.array(sorted({e for n in numbers for e in self.items[n]}))
         shared = np.minimum.reduceat(self.shared[:at[-1]], at[:-1]).sum() if len(at) > 1 else 0
         return int(self.length[at].sum() - shared)
 
@@ -129,7 +129,9 @@ def _descend(member: np.ndarray, weight: np.ndarray, packs: list[list[int]], max
     holds = np.stack([*(member[pack].sum(0) for pack in packs), np.zeros(len(weight))])  # items by (pack, class)
     cost = price.of((holds > 0) @ weight)
     cost[-1] = 0.0  # the last pack is a new one
-    groups = [np.nonzero(group)[0] for group in np.unique(np.concatenate([member.T, np.eye(len(member))]), axis=0)]
+    bits = np.packbits(np.concatenate([member.T, np.eye(len(member))]) > 0, axis=1)  # a group a row: sorted as bytes
+    groups = [np.nonzero(np.unpackbits(np.frombuffer(group, np.uint8)))[0]
+              for group in sorted({group.tobytes() for group in bits})]
     moved = True
     while moved:
         moved = False
@@ -173,12 +175,14 @@ def _classes(trie: Trie, items: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, 
 def _join(sizes: Sizes, packs: list[list[int]], max_tokens: int, price: Price) -> list[list[int]]:
     """Join packs, in order, where that fits and costs less: one is closed when the next one does not."""
     joined: list[list[int]] = []
+    last = 0
     for pack in packs:
+        own = sizes.union(pack)
         if joined:
             union = sizes.union(joined[-1] + pack)
-            apart = price.of(sizes.union(joined[-1])) + price.of(sizes.union(pack))
-            if union <= max_tokens and price.of(union) < apart:
-                joined[-1] = joined[-1] + pack
+            if union <= max_tokens and price.of(union) < price.of(last) + price.of(own):
+                joined[-1], last = joined[-1] + pack, union
                 continue
         joined.append(pack)
+        last = own
     return joined
