@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from test_data import GOOD, write
@@ -10,6 +11,7 @@ from test_data import GOOD, write
 from svpo_kernels import StepNode, StepTree, select_pairs
 from svpo_kernels.data.audit import report
 from svpo_kernels.data.load import load
+from svpo_kernels.trees import pair_counts
 from svpo_kernels.trees.pair_counts import PairCounts, add_up, count_pairs
 
 
@@ -121,3 +123,20 @@ def test_reference_log_probs_of_the_file_are_said(tmp_path, all_of_them, said_of
     (line,) = (line for line in said if "ref_logp" in line)
     assert line == (f"{path}: {2 if all_of_them else 1} of 2 referenced steps bring a ref_logp of their own: "
                     + ("they are the reference, " if all_of_them else "") + said_of_it)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_pairs_are_counted_without_being_made(seed, monkeypatch):
+    """The account under max_pairs is that of the whole list, also where parents have equal texts."""
+    rng = random.Random(seed)
+    nodes = [StepNode(-1, [1], 0.5, text="a"), StepNode(-1, [2], -0.5, text="a" if seed % 2 else "b"),
+             *(StepNode(rng.choice([0, 1]), [3 + i], rng.choice([None, *(k / 4 - 1 for k in range(9))]),
+                        text="t" * rng.randrange(1, 9), terminal=rng.random() < 0.4) for i in range(30))]
+    tree = StepTree([1], nodes)
+    for dedup, same_kind, gap in ((True, True, 0.0), (True, False, 0.3), (False, True, 0.5), (False, False, 0.0)):
+        for most in (3, 40, 10**6):
+            found = count_pairs(tree, "all", gap, most, dedup=dedup, same_kind=same_kind)
+            with monkeypatch.context() as patch:
+                patch.setattr(pair_counts, "_count_all", lambda *given: None)
+                used, counts = count_pairs(tree, "all", gap, most, dedup=dedup, same_kind=same_kind)
+            assert found[0].tolist() == used.tolist() and found[1] == counts

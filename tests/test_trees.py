@@ -12,6 +12,7 @@ import torch
 
 import svpo_kernels as sk
 from svpo_kernels import StepNode, StepTree, select_pairs
+from svpo_kernels.trees.widest import widest_pairs
 
 
 def star(*values, terminal=None, texts=None):
@@ -175,3 +176,46 @@ def test_known_counts_of_the_real_trees(shared_data):
 def test_bad_selections(arguments, message):
     with pytest.raises(ValueError, match="select_pairs: " + message):
         select_pairs(star(1.0, 0.0), **arguments)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dedup", [True, False])
+def test_the_widest_of_all_pairs_are_those_of_the_whole_list(seed, dedup):
+    """Few values and many ties, texts that repeat under parents of equal text, values that differ by roundings."""
+    rng = random.Random(seed)
+    grid = [round(-1 + 2 * k / 8, 3) for k in range(9)] if seed % 2 else [rng.uniform(-1, 1) for _ in range(30)]
+    grid += [0.1 + 0.2, 0.3, 0.30000000000000004 - 0.7, -0.4]
+    nodes = [StepNode(-1, [1], 0.5, text="a"), StepNode(-1, [2], rng.choice(grid), text="a" if seed % 3 else "b"),
+             *(StepNode(rng.choice([0, 1]), [3 + i], rng.choice([*grid, None]), text=f"t{rng.randrange(15)}",
+                        terminal=rng.random() < 0.4) for i in range(40))]
+    tree = StepTree([1], nodes)
+    for gap, same_kind in ((0.0, True), (0.3, False)):
+        every = select_pairs(tree, "all", gap, None, dedup, same_kind).tolist()
+        q = [node.q_value for node in nodes]
+        expected = sorted(every, key=lambda pair: q[pair[1]] - q[pair[0]])
+        for most in (0, 1, 7, 50, len(every), 10**6):
+            assert select_pairs(tree, "all", gap, most, dedup, same_kind).tolist() == expected[:most]
+
+
+def test_the_widest_of_many_siblings_are_found_without_the_others():
+    rng = random.Random(0)
+    for values in ([rng.uniform(-1, 1) for _ in range(3000)], [rng.choice([-1.0, 0.0, 1.0]) for _ in range(3000)]):
+        tree = star(*values)
+        taken = []
+        q = [Counted(value, taken) for value in values]
+        assert widest_pairs([list(range(3000))], q, 0.0, 64, None) == [
+            tuple(pair) for pair in select_pairs(tree, "all", max_pairs=64).tolist()]
+        assert len(taken) < 20_000  # 4.5 million pairs
+
+
+class Counted(float):
+    """A float that counts how often it is subtracted from."""
+
+    def __new__(cls, value, taken):
+        self = super().__new__(cls, value)
+        self.taken = taken
+        return self
+
+    def __sub__(self, other):
+        self.taken.append(1)
+        return float(self) - float(other)

@@ -7,11 +7,14 @@ finished answer over an inner step, and are longer for it: they train "finish no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 from torch import Tensor
 
-from .tree import StepTree, select_pairs
+from .tree import GAP_ROUNDING, StepTree, first_of_texts, select_pairs, sibling_groups, text_keys
+
+ROWS = 1024  # siblings compared with all others at a time
 
 
 @dataclass
@@ -80,6 +83,10 @@ def count_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, 
     """
     if given is not None:
         return given, PairCounts(len(given), len(given), len(given), **_mixed(tree, given.tolist()))
+    if rule == "all" and max_pairs is not None and (counted := _count_all(tree, min_gap, dedup, same_kind)):
+        counts, kept = counted
+        used = select_pairs(tree, rule, min_gap, None if kept <= max_pairs else max_pairs, dedup, same_kind)
+        return used, replace(counts, used=len(used), beyond_max=kept - len(used))
     any_kind = select_pairs(tree, rule, min_gap, None, dedup, False)
     every = select_pairs(tree, rule, min_gap, None, False, False) if dedup else any_kind
     kept = select_pairs(tree, rule, min_gap, None, dedup, True) if same_kind else any_kind
@@ -87,6 +94,39 @@ def count_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, 
         tree, rule, min_gap, max_pairs, dedup, same_kind)
     return used, PairCounts(len(every), len(any_kind), len(used), **_mixed(tree, any_kind.tolist()),
                             beyond_max=len(kept) - len(used))
+
+
+def _count_all(tree: StepTree, min_gap: float, dedup: bool, same_kind: bool) -> tuple[PairCounts, int] | None:
+    """The counts of the rule "all", and how many pairs it keeps, from the siblings' values without making the pairs;
+    None where equal pairs have to be met to be counted once: under parents of equal text, or of both kinds."""
+    same = text_keys(tree)
+    groups = [{same[i] for i in group} for group in sibling_groups(tree, same_kind)]
+    if dedup and len(set().union(*groups)) < sum(map(len, groups)):
+        return None
+    counts, kept = PairCounts(), 0
+    for group in sibling_groups(tree, False):
+        counts.pairs += _count(tree, group, min_gap)[0]
+        distinct, *mixed = _count(tree, first_of_texts(group, same) if dedup else group, min_gap)
+        counts += PairCounts(0, distinct, 0, *mixed)
+    for group in sibling_groups(tree, same_kind):
+        kept += _count(tree, first_of_texts(group, same) if dedup else group, min_gap)[0]
+    return counts, kept
+
+
+def _count(tree: StepTree, group: Sequence[int], min_gap: float) -> tuple[int, int, int, int, int]:
+    """Pairs of these siblings with a gap above min_gap; of them a finished step over an inner one, the longer such
+    ones, and the other way round."""
+    q = np.array([tree.nodes[i].q_value for i in group], dtype=np.float64)
+    ends = np.array([tree.nodes[i].terminal for i in group], dtype=bool)
+    length = np.array([_length(tree, i) for i in group])
+    total = np.zeros(5, dtype=np.int64)
+    for begin in range(0, len(group), ROWS):
+        rows = slice(begin, begin + ROWS)
+        wide = q[rows, None] - q > min_gap + GAP_ROUNDING
+        longer = length[rows, None] > length
+        finished, inner = wide & ends[rows, None] & ~ends, wide & ~ends[rows, None] & ends
+        total += [wide.sum(), finished.sum(), (finished & longer).sum(), inner.sum(), (inner & longer).sum()]
+    return tuple(total.tolist())
 
 
 def add_up(counts: Iterable[PairCounts]) -> PairCounts:

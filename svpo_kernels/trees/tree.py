@@ -19,6 +19,7 @@ from torch import Tensor
 from .._checks import describe, fail, is_integer, require_choice
 from ..plan import as_index
 from .paths import Ids, PathIds, Paths
+from .widest import widest_pairs
 
 RULES = ("best_worst", "top_bottom", "all")
 LARGEST_ID = 2**31 - 1  # ids are held in four bytes
@@ -224,21 +225,26 @@ def select_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0,
     if max_pairs is not None and (not is_integer(max_pairs) or max_pairs < 0):
         fail("select_pairs", "max_pairs", "an int >= 0 or None", max_pairs)
     q = [node.q_value for node in tree.nodes]
-    same = _text_keys(tree)
+    same = text_keys(tree)
+    groups = [first_of_texts(group, same) if dedup else sorted(group) for group in sibling_groups(tree, same_kind)]
+    if rule == "all" and max_pairs is not None:
+        return _as_tensor(widest_pairs(groups, q, min_gap + GAP_ROUNDING, max_pairs, same if dedup else None))
     found: dict[tuple[int, int], tuple[int, int]] = {}
-    for group in _sibling_groups(tree, same_kind):
-        if dedup:
-            group = list({same[i]: i for i in reversed(group)}.values())[::-1]
-        for pair in _apply_rule(rule, sorted(group), q):
+    for group in groups:
+        for pair in _apply_rule(rule, group, q):
             if q[pair[0]] - q[pair[1]] > min_gap + GAP_ROUNDING:
                 found.setdefault((same[pair[0]], same[pair[1]]) if dedup else pair, pair)
     pairs = list(found.values())
     if max_pairs is not None:
         pairs = sorted(pairs, key=lambda pair: q[pair[1]] - q[pair[0]])[:max_pairs]
+    return _as_tensor(pairs)
+
+
+def _as_tensor(pairs: list[tuple[int, int]]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
-def _sibling_groups(tree: StepTree, same_kind: bool) -> Iterable[list[int]]:
+def sibling_groups(tree: StepTree, same_kind: bool) -> Iterable[list[int]]:
     """Siblings with a q_value, in tree order of their parents; terminal and inner ones apart when asked."""
     for siblings in (tree.roots, *(tree.children[i] for i in tree.order)):
         valued = [i for i in siblings if tree.nodes[i].q_value is not None]
@@ -247,6 +253,11 @@ def _sibling_groups(tree: StepTree, same_kind: bool) -> Iterable[list[int]]:
             continue
         for terminal in (False, True):
             yield [i for i in valued if tree.nodes[i].terminal == terminal]
+
+
+def first_of_texts(group: Sequence[int], same: Sequence[int]) -> list[int]:
+    """Of siblings with equal texts the first, ascending."""
+    return sorted({same[i]: i for i in reversed(group)}.values())
 
 
 def _apply_rule(rule: str, group: Sequence[int], q: Sequence[float | None]) -> Iterable[tuple[int, int]]:
@@ -258,7 +269,7 @@ def _apply_rule(rule: str, group: Sequence[int], q: Sequence[float | None]) -> I
     return zip(top, bottom, strict=True)
 
 
-def _text_keys(tree: StepTree) -> list[int]:
+def text_keys(tree: StepTree) -> list[int]:
     """One number per node: equal when the texts from the prompt to the node's end are equal."""
     keys: dict[Any, int] = {}
     of = [0] * len(tree)
