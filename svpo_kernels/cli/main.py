@@ -230,6 +230,38 @@ def score(
 
 
 @app.command()
+def report(
+    targets: Annotated[list[str], typer.Argument(metavar="RUN|FILE ...", help="Run directories of `svpo train`, files "
+                                                 "of `svpo score`, and data files with steps.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    threshold: Annotated[float, typer.Option(help="A step of a tree that scores less, in [0, 1], is judged wrong; "
+                                             "files of `svpo score` bring their own.")] = 0.5,
+    limit: Annotated[int, typer.Option(help="Most problems shown; those beyond are counted.")] = 100,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show it here instead of writing a page.")] = False,
+) -> None:
+    """Make a page that a person reads: steps coloured by score, the first one judged wrong, trees, curves.
+
+    One HTML file without scripts that needs no network; every text of a model is escaped.
+
+    \b
+        svpo report run1 trees.scores.jsonl --out report.html
+        svpo report trees.jsonl --terminal --limit 5
+    """
+    from rich.console import Console
+
+    from ..reasoning.report import read_page, show_page, write_page
+
+    with errors_in_one_line():
+        page = read_page(targets, threshold=threshold, limit=limit)
+        if terminal:
+            show_page(page, Console())
+        else:
+            for note in page.notes:
+                typer.echo(note)
+            typer.echo(f"{write_page(page, out)}: {len(page.problems):,} problems, {len(page.runs):,} runs")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is usable here: versions, devices, and for every op which backend runs and why the others do not."""
     from rich.console import Console
