@@ -7,18 +7,33 @@ kernel: data-parallel wrappers, PEFT, losses and metrics stay TRL's, and nothing
 
 from __future__ import annotations
 
+import functools
 import inspect
+import tempfile
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import trl
+from datasets import Dataset
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from svpo_kernels import head, linear_step_logps
+from svpo_kernels import (
+    StepBatch,
+    StepNode,
+    StepTree,
+    check_packing,
+    head,
+    linear_step_logps,
+    pack_trees,
+    select_pairs,
+)
 
 from .._checks import fail
+from ..data.load import encode, load
 from ..models import unwrap
 
 KERNEL, COMPACT = "_ChunkedLogProbFunction", "_use_triton"  # the two globals of TRL's forward that are exchanged
@@ -61,7 +76,8 @@ def with_lora_on_head(kind: type, model: nn.Module, *args: Any, peft_config: Any
         trainer = kind(model, *args, **options)
     finally:
         del model.get_output_embeddings
-    trainer.fused_head = use_fused_head(trainer)
+    if not hasattr(trainer, "fused_head"):
+        trainer.fused_head = use_fused_head(trainer)
     return trainer
 
 
@@ -75,6 +91,8 @@ class FusedHead:
         if is_deepspeed_zero3_enabled():
             fail("use_fused_head", "the trainer's parameters", "whole in the backward (DDP, FSDP, ZeRO-1 or 2)",
                  "DeepSpeed ZeRO-3")
+        if isinstance(trainer, SVPODPOTrainer) and hasattr(trainer, "fused_head"):
+            fail("use_fused_head", "trainer", "one without our head: it has it from the start", type(trainer).__name__)
         self.trainer, self.options = trainer, options
         models = (getattr(trainer, "model", None), getattr(trainer, "ref_model", None))
         self.models = list({id(m): m for m in (unwrap(m) for m in models if m is not None)}.values())
@@ -87,7 +105,7 @@ class FusedHead:
     def on(self) -> None:
         for model, forward in zip(self.models, self.theirs, strict=True):
             names = {KERNEL: _Kernel(model, self.options), COMPACT: lambda device: True}  # scored rows alone
-            self._put(model, _with_globals(forward, names))
+            self.put(model, _with_globals(forward, names))
 
     def restore(self) -> None:
         for model in self.models:
@@ -95,7 +113,7 @@ class FusedHead:
                 fail("use_fused_head", "the trainer's model", "without LoRA on its vocabulary head to get TRL's kernel "
                      "back, which ignores it", type(model).__name__)
         for model, forward in zip(self.models, self.theirs, strict=True):
-            self._put(model, forward)
+            self.put(model, forward)
 
     def __enter__(self) -> FusedHead:
         return self
@@ -103,7 +121,7 @@ class FusedHead:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def _put(self, model: nn.Module, forward: Callable) -> None:
+    def put(self, model: nn.Module, forward: Callable) -> None:
         """In the place of the fused forward, inside accelerate's mixed-precision wrapper where there is one."""
         if "_original_forward" in vars(model):
             from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
@@ -138,8 +156,12 @@ def _lora(model: nn.Module) -> dict[str, Any]:
     if not hasattr(model.get_output_embeddings(), "base_layer"):
         return {}
     parts = {name: value for name, value in head(model).items() if name.startswith("lora")}
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in parts.items()} \
-        if parts["lora_a"] is not None else {}
+    return {} if parts["lora_a"] is None else {name: _whole(value) for name, value in parts.items()}
+
+
+def _whole(value: Any) -> Any:
+    """A sharded parameter gathered, everything else as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _check_kernel() -> None:
@@ -182,3 +204,152 @@ class SVPODPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.fused_head = use_fused_head(self)
+
+
+# -- step trees -------------------------------------------------------------------------------------------------------
+
+
+class StepDPOTrainer(SVPODPOTrainer):
+    """TRL's DPOTrainer on pairs of steps: batches are packed, what their pairs share runs once; loss and metrics TRL's.
+
+    train_dataset, eval_dataset: a list of StepTree, whose pairs `select_pairs(tree, rule, min_gap)` gives; a file of
+    any format that `svpo data` reads; a Dataset of step rows (prompt, initial_reason_steps, chosen, rejected); or what
+    DPOTrainer takes. A batch has per_device_train_batch_size pairs; those of one tree follow each other, trees are
+    shuffled. The first batch is checked (`check_packing`).
+
+    Raises ValueError for what packing would change: truncation_mode="keep_end", a router loss, prompt-learning
+    adapters; PackingError, in the first step, for models and dropout that packs are not exact for.
+    """
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *, train_dataset: Any,
+                 eval_dataset: Any = None, processing_class: Any = None, rule: str = "best_worst", min_gap: float = 0.0,
+                 **options: Any):
+        made = [_pair_rows(data, processing_class, rule, min_gap) for data in (train_dataset, eval_dataset)]
+        super().__init__(model, ref_model, args, train_dataset=made[0], eval_dataset=made[1],
+                         processing_class=processing_class, **options)
+        peft = getattr(self.model, "peft_config", None) or {}
+        kept = "one that packing leaves as it is (keep_start, no router loss, adapters of the weights)"
+        for what, got, right in (
+            ("truncation_mode", self.args.truncation_mode, self.args.truncation_mode == "keep_start"),
+            ("router_aux_loss_coef", self.router_aux_loss_coef, not self.aux_loss_enabled),
+            ("peft_config", sorted(peft), not any(config.is_prompt_learning for config in peft.values())),
+        ):
+            if not right:
+                fail("StepDPOTrainer", what, kept, got)
+        self.data_collator = _Packing(self.data_collator)
+        logged = [ours for theirs, ours in STATS.items() if self.use_weighting or theirs != "log_sum_sq_probs"]
+        for at, inner in enumerate(self.fused_head.models):  # the policy, then its reference, which logs nothing
+            self.fused_head.put(inner, _packed(_fused_forward(inner), logged if at == 0 else []))
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        if "chosen_ids" not in (dataset.column_names or ()):
+            return super()._prepare_dataset(dataset, *args)
+        longest = args[1].max_length  # a prompt that fills it leaves nothing to score: dropped, as TRL drops it
+        return dataset if longest is None else dataset.filter(lambda row: len(row["prompt_ids"]) < longest)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if "tree" not in (getattr(self.train_dataset, "column_names", None) or ()):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _TreeSampler(self.train_dataset["tree"], seed)
+
+
+class _TreeSampler(torch.utils.data.Sampler):
+    """Trees in a random order, the same on every process; the pairs of one follow each other."""
+
+    def __init__(self, trees: Any, seed: int):
+        self.rows: dict[int, list[int]] = {}
+        for row, tree in enumerate(trees):
+            self.rows.setdefault(tree, []).append(row)
+        self.seed, self.epoch, self.size = seed, 0, len(trees)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        groups = list(self.rows.values())
+        return iter([row for index in order.tolist() for row in groups[index]])
+
+
+class _Packing:
+    """TRL's collator, and beside its padded rows one pack of them; cells (N,): where in (2 B, L - 1) each
+    prediction of the plan stands."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        lengths, scored = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
+        B, L = len(examples), batch["input_ids"].shape[1]
+        paths = [ids[:length] for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        starts = [length - count for length, count in zip(lengths, scored, strict=True)]
+        trees = [StepTree(paths[b][:starts[b]], [StepNode(-1, path_ids=paths[row], start=starts[row])
+                                                 for row in (b, b + B)]) for b in range(B)]
+        pack, = pack_trees(trees, [[(0, 1)]] * B, max_tokens=sum(lengths))
+        rows = (pack.node_of_step[:, 0] + B * pack.node_of_step[:, 1]).tolist()
+        cells = torch.empty(pack.plan.num_predictions, dtype=torch.int64)
+        cells[pack.plan.step_order] = torch.cat(
+            [(L - 1) * row + torch.arange(starts[row] - 1, lengths[row] - 1) for row in rows])
+        return batch | {"pack": StepBatch(pack, cells=cells)}
+
+
+def _packed(theirs: types.FunctionType, stats: list[str]) -> types.FunctionType:
+    """A fused forward that runs packs, over one that serves every other call. stats: what it gives beside log-probs."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    unchecked = [True]
+
+    @functools.wraps(theirs)
+    def forward(self: nn.Module, *args: Any, pack: StepBatch | None = None, **options: Any) -> Any:
+        if pack is None or not options.get("fused_lm_head"):
+            return theirs(self, *args, **options)
+        labels = options["labels"]
+        pack = pack.to(labels.device)
+        if unchecked:
+            check_packing(self, pack)
+            unchecked.clear()
+        hidden = self.base_model(**pack.model_inputs(self), use_cache=False).last_hidden_state
+        parts = {name: _whole(value) for name, value in head(self).items()}
+        parts |= {name: parts[name].to(hidden.dtype) for name in ("weight", "bias") if parts[name] is not None}
+        out = linear_step_logps(hidden, labels=pack.plan, reduction="none", stats=stats, **parts)
+        logps, found = out if stats else (out, {})
+        cells = {name: value.new_zeros(labels[:, 1:].numel()).index_put((pack.cells,), value).view(labels[:, 1:].shape)
+                 for name, value in {"log_probs": logps, **found}.items()}
+        return FusedCausalLMOutput(log_probs=cells["log_probs"], label_mask=labels[:, 1:] != -100,
+                                   **{name: cells.get(ours) for name, ours in STATS.items()})
+
+    return forward
+
+
+def _pair_rows(data: Any, tokenizer: Any, rule: str, min_gap: float) -> Any:
+    """Trees, files and step rows as a Dataset of prompt_ids, chosen_ids, rejected_ids and tree; all else as it is."""
+    if getattr(data, "column_names", None) and "initial_reason_steps" in data.column_names:
+        with tempfile.TemporaryDirectory() as folder:
+            data.to_json(Path(folder) / "rows.jsonl")
+            return _pair_rows(Path(folder) / "rows.jsonl", tokenizer, rule, min_gap)
+    if isinstance(data, str | Path):
+        if tokenizer is None:
+            fail("StepDPOTrainer", "processing_class", "a tokenizer, to read a file or step rows with", "None")
+        encoded = encode(load(data), tokenizer)
+        trees, pairs = encoded.trees, encoded.pairs(rule, min_gap)
+    elif isinstance(data, list) and data and isinstance(data[0], StepTree):
+        trees, pairs = data, [select_pairs(tree, rule, min_gap) for tree in data]
+    else:
+        return data
+    rows = []
+    for t, (tree, chosen_rejected) in enumerate(zip(trees, pairs, strict=True)):
+        for w, l in chosen_rejected.tolist():
+            prompt = tree.path(w, tree.start[w])
+            if tree.path(l, tree.start[l]) != prompt:
+                fail("StepDPOTrainer", "pairs", "of two steps after one prefix", f"nodes {w} and {l} of tree {t}")
+            rows.append({"prompt_ids": prompt, "chosen_ids": tree.step_ids(w), "rejected_ids": tree.step_ids(l),
+                         "tree": t})
+    if not rows:
+        fail("StepDPOTrainer", "train_dataset", f"trees with pairs under rule={rule!r}, min_gap={min_gap}",
+             f"{len(trees)} trees without one")
+    return Dataset.from_list(rows)
