@@ -64,15 +64,19 @@ def print_keys(wanted: bool) -> None:
 
 @app.command(help=TRAIN_HELP)
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File with the settings of the run.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="File with the settings of the run; may be left "
+                                          "out where KEY=VALUE says all.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top.")] = None,
     keys: Annotated[bool, typer.Option("--keys", callback=print_keys, is_eager=True,
                                        help="List every key with its default, and end.")] = False,
 ) -> None:
     from ..trainer.settings import read_settings
 
+    overrides = overrides or []
+    if "=" in config and not os.path.exists(config):
+        config, overrides = None, [config, *overrides]
     with errors_in_one_line():
-        read_settings(config, overrides or [])  # a wrong key is answered before torch is imported
+        read_settings(config, overrides)  # a wrong key is answered before torch is imported
     import torch
 
     command = launcher(sys.argv[1:], torch.cuda.device_count(), os.environ)
@@ -83,7 +87,7 @@ def train(
     from ..trainer.run import leave_group, run_training
 
     with errors_in_one_line():
-        run_training(load_config(config, overrides or []))
+        run_training(load_config(config, overrides))
         leave_group()
 
 
@@ -259,6 +263,33 @@ def report(
             for note in page.notes:
                 typer.echo(note)
             typer.echo(f"{write_page(page, out)}: {len(page.problems):,} problems, {len(page.runs):,} runs")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Our own output: a directory with a head in svpo/.")],
+    out: Annotated[Path, typer.Argument(help="An empty directory, or one that is not there yet.")],
+    layout: Annotated[str, typer.Option("--as", help="vllm, mario (Super_MARIO) or llamafactory (ms-swift reads it "
+                                        "too).")],
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
+) -> None:
+    """Write a model and its head in the layout that others serve, with svpo_head.json beside it.
+
+    vllm: a class head with a hidden layer on Qwen2 becomes Qwen2ForProcessRewardModel (two outputs) or
+    Qwen2ForRewardModel (one); a head of one layer the model's own *ForTokenClassification. What a layout cannot hold is
+    refused by name.
+
+    \b
+        svpo export runs/prm served --as vllm
+        svpo export runs/svpo mario --as mario
+    """
+    from ..reasoning.export import export as write
+    from ..trainer.run import quiet
+
+    with errors_in_one_line():
+        quiet()
+        write(model, out, layout, dtype=dtype, trust_remote_code=trust_remote_code, say=typer.echo)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from svpo_kernels.models import is_peft
 
-from . import checkpoint, head_files, run_state
+from . import checkpoint, head_contract, head_files, run_state
 from .metrics import by_name
 from .model import StepModel
 
@@ -58,24 +58,14 @@ class SavingMixin:
             if head is not None:
                 head = {name: state_dict[f"v_head.{name}"] for name in head}
         model.lm.save_pretrained(output_dir, state_dict=own)
-        if head is not None:
-            head_files.write(model.v_head.kind, head, self._head_description(model.v_head), output_dir)
+        if head is not None or self.config.objective == "implicit_prm":
+            start = self.config.ref_model_name_or_path or self.config.model_name_or_path
+            contract = head_contract.describe(self.config, model.v_head, self.processing_class, start)
+            head_files.write(contract["kind"], head or {}, contract, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         with open(os.path.join(output_dir, "svpo_config.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(self.config.explicit(), file, allow_unicode=True)
-
-    def _head_description(self, head: Any) -> dict[str, Any]:
-        """What serving has to know: how the text is made, where a score is read, and what is done to it."""
-        config, tokenizer = self.config, self.processing_class
-        tokens = {name: getattr(head, name) for name in ("good_token", "bad_token") if hasattr(head, name)}
-        return {
-            "version": 1, "kind": head.kind, "activation": head.activation, "good": 1, **tokens,
-            "range": [-1.0, 1.0] if head.kind == "value" else [0.0, 1.0],
-            "position": "the last token of the step's own text", "step_separator": config.step_separator,
-            "step_end": config.step_end, "turn_end": getattr(config, "turn_end", "auto"),
-            "chat_template": getattr(tokenizer, "chat_template", None),
-        }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Hugging Face's checkpoint, the plan and the metrics' sums; the manifest comes when every process is done, and
