@@ -17,6 +17,7 @@ from . import keys, packages
 from .presets import DEFAULTS, PRESETS, SETTINGS
 from .settings import ConfigError, Settings, read_settings
 
+LOGIT_STEP = 0.2  # by how much a fresh class head's logits move in a step, see head_learning_rate
 LOSS_KEYS = (
     "beta",
     "preference",
@@ -166,8 +167,24 @@ class SVPOConfig(Settings, TrainingArguments):
             raise ConfigError(f"config: good_weight must be above 0, got {self.good_weight}")
         if self.label_threshold is not None and not 0 <= self.label_threshold < 1:
             raise ConfigError(f"config: label_threshold must be in [0, 1), got {self.label_threshold}")
+        self._check_learning_rate()
         if self.objective == "implicit_prm" and self.reference == "none":
             raise ConfigError("config: reference must be cache or online with objective implicit_prm, got 'none'")
+
+    def _check_learning_rate(self) -> None:
+        """A preference moves a trained model a little; a process reward model learns something new, with a fresh head
+        that starts from nothing: `head_learning_rate`."""
+        self._head_by_size = self.learning_rate is None and self.head == "class"
+        if self.learning_rate is None:
+            rewards = self.objective in ("prm", "implicit_prm")
+            self.learning_rate = 1e-6 if not rewards else 1e-4 if self.peft == "lora" else 1e-5
+
+    def head_learning_rate(self, hidden_size: int) -> float | None:
+        """The head's own learning rate, None where it has the model's. Where neither is set, a class head's logits move
+        by about LOGIT_STEP a step: Adam moves each of hidden_size weights by the rate."""
+        if self.value_head_learning_rate is not None or not self._head_by_size:
+            return self.value_head_learning_rate
+        return max(self.learning_rate, LOGIT_STEP / hidden_size)
 
     def weight(self, term: str) -> float:
         """The weight of a term of the loss: preference, value, rank or sft. A PRM has labels ("value") alone."""

@@ -121,7 +121,8 @@ class Settings:
 
     # TrainingArguments with other defaults
     output_dir: str | None = _key("svpo-output", "Where checkpoints, metrics and the report go.")
-    learning_rate: float = _key(1e-6, "Learning rate at its peak.")
+    learning_rate: float | None = _key(None, "Learning rate at its peak. Default: 1e-6; for process rewards 1e-5 (1e-4 "
+                                       "with adapters), and 0.2 / hidden size for a class head.")
     per_device_train_batch_size: int = _key(1, "Always 1: a micro-batch is one pack; see pairs_per_step, max_tokens.")
     gradient_accumulation_steps: int = _key(1, "Least number of packs each process makes of one optimizer step.")
     remove_unused_columns: bool = _key(False, "Always false: a pack has no columns.")

@@ -306,8 +306,9 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         """As Hugging Face's, with the value head in a group of its own when it has its own learning rate."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
-        rate = self.config.value_head_learning_rate
-        head = getattr(self.accelerator.unwrap_model(self.model), "v_head", None)
+        model = self.accelerator.unwrap_model(self.model)
+        head, rate = getattr(model, "v_head", None), self.config.head_learning_rate(
+            model.config.get_text_config().hidden_size)
         if made and rate is not None and head is not None:
             own = set(head.parameters())
             for group in optimizer.param_groups:
