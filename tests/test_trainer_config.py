@@ -69,7 +69,7 @@ def test_presets_with_keys_on_top(tmp_path, preset):
     ("min_gap=-1", "config: min_gap must be at least 0, got -1.0"),
     ("max_pairs=-1", "config: max_pairs must be at least 0 or null, got -1"),
     ("max_path_tokens=0", "config: max_path_tokens must be at least 1, got 0"),
-    ("packing=flat", "packing must be one of tree, distinct, pairs, got 'flat'"),
+    ("packing=flat", "packing must be one of tree, distinct, pairs, stream, got 'flat'"),
     ("preset=ppo", "preset must be one of svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo, dvo, got 'ppo'"),
     ("max_tokens=many", "max_tokens must be a number of tokens or auto, got 'many'"),
     ("max_tokens=0", "max_tokens must be at least 1, got 0"),
