@@ -16,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from torch import nn
 
+from svpo_kernels.data import encoded
+
 from . import checkpoint, run_state
 from .config import ConfigError, SVPOConfig
 from .head_files import FOLDER
@@ -67,7 +69,7 @@ def _choose(config: SVPOConfig, say: Any) -> str | None:
     if asked not in ("auto", "true", "false"):
         return asked
     if asked == "false":
-        held = sorted(set(os.listdir(output_dir)) - {LOCK}) if os.path.isdir(output_dir) else []
+        held = sorted(_held(output_dir)) if os.path.isdir(output_dir) else []
         if held:
             raise ConfigError(
                 f"config: resume_from_checkpoint is false, but {output_dir} is not empty (it holds {held[0]}); empty "
@@ -80,6 +82,13 @@ def _choose(config: SVPOConfig, say: Any) -> str | None:
     if path is None and asked == "true":
         raise ConfigError(f"config: resume_from_checkpoint is true, but {output_dir} has no complete checkpoint")
     return None if path is None else str(path)
+
+
+def _held(output_dir: str) -> set[str]:
+    """What an output directory holds of a run; a lock and encoded data are of none."""
+    folder = Path(output_dir) / FOLDER
+    data = folder.is_dir() and all(name.startswith(encoded.PREFIX) for name in os.listdir(folder))
+    return set(os.listdir(output_dir)) - {LOCK} - ({FOLDER} if data else set())
 
 
 def begun_on(path: str | None) -> str:

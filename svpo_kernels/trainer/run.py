@@ -17,12 +17,15 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from svpo_kernels import dispatch
+from svpo_kernels.data import encoded
+from svpo_kernels.data.encoded import Encoded
 from svpo_kernels.data.formats import FORMATS, Format, tables
 from svpo_kernels.data.load import read_trees
 from svpo_kernels.trees.tree import StepTree
 
 from . import packages, reference, report, start
 from .config import ConfigError, SVPOConfig
+from .head_files import FOLDER
 from .model import StepModel, build_model
 from .resume import begun_on, finished, owned, sources, where_to_resume, write_finished
 from .saving import writing
@@ -68,23 +71,45 @@ def _sft_nodes(config: SVPOConfig, tree: StepTree, pairs: np.ndarray) -> np.ndar
 
 def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase, say: Any = print) -> TrainData:
     """Read a file as `svpo data` shows it. Rows that were dropped or truncated are named in one line."""
-    encoded = read_trees(
-        path, tokenizer, format=config.data_format, value_range=config.value_range, on_bad=config.on_bad,
-        max_path_tokens=config.max_path_tokens, **config.text_options(),
-    )
-    pairs, dropped = encoded.counted_pairs(config.pair_rule, config.min_gap, config.max_pairs, dedup=config.dedup,
+    found = encoded_trees(config, path, tokenizer, say)
+    pairs, dropped = found.counted_pairs(config.pair_rule, config.min_gap, config.max_pairs, dedup=config.dedup,
                                            same_kind=config.same_kind)
-    data = make_data(config, encoded.trees, pairs)
-    data.correct = [example.record.meta.get("final_answer_correct") for example in encoded.examples]
-    say(encoded.ledger.summary())
+    data = make_data(config, found.trees, pairs)
+    data.correct = found.correct
+    say(found.summary)
     for line in dropped if config.reads_pairs() else ():
         say(f"{path}: {line}")
     targets, sft = data.num_targets(config.values), sum(map(len, data.sft))
     say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs, "
         f"{targets} value targets, {sft} SFT steps")
     say_references(config, path, data, say)
-    check_members(config, path, data.num_pairs, targets, sft, say, FORMATS[encoded.examples[0].record.format])
+    check_members(config, path, data.num_pairs, targets, sft, say, FORMATS[found.format])
     return data
+
+
+def encoded_trees(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase, say: Any = print) -> Encoded:
+    """The token trees of a file: mapped from data_cache where a run or another process of this machine left them."""
+    options = dict(format=config.data_format, value_range=config.value_range, on_bad=config.on_bad,
+                   max_path_tokens=config.max_path_tokens, **config.text_options())
+    name = None if config.data_cache == "none" else encoded.fingerprint(path, tokenizer, options)
+    if name is None:
+        return Encoded.of(read_trees(path, tokenizer, **options))
+    folder = Path(config.data_cache or Path(config.output_dir) / FOLDER) / f"{encoded.PREFIX}{name}"
+    with config.main_process_first(local=True, desc="encoding"):
+        found = encoded.read(folder)
+        if isinstance(found, Encoded):
+            say(f"{path}: its {len(found.trees):,} trees were encoded before and are mapped from {folder}")
+            return found
+        if folder.is_dir():
+            say(f"{path}: what lies in {folder} is encoded anew: {found}")
+        made = Encoded.of(read_trees(path, tokenizer, **options))
+        try:
+            encoded.write(folder, made)
+        except OSError as error:
+            say(f"{path}: its encoded trees are not kept for the next run: {error}")
+            return made
+    found = encoded.read(folder)
+    return found if isinstance(found, Encoded) else made
 
 
 def say_references(config: SVPOConfig, path: str, data: TrainData, say: Any) -> None:

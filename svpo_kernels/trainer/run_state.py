@@ -30,7 +30,7 @@ FREE = set((
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics local_rank "
-    "torch_empty_cache_steps template_date"  # its ids are the data's
+    "torch_empty_cache_steps data_cache template_date"  # its ids are the data's
 ).split())
 SAID = set((
     "packing max_tokens gradient_accumulation_steps backend logits_budget_mb attn_implementation use_cpu tf32 "

@@ -61,6 +61,9 @@ class Settings:
                                      "the run began, also when it is resumed.")
     max_path_tokens: int | None = _key(None, "Longest path; what is longer is cut by a counted rule, see `svpo data`.")
 
+    data_cache: str | None = _key(None, "Folder in which encoded trees are kept for the next run and shared by the "
+                                  "processes of a machine; default: svpo/ in output_dir; none: nowhere.")
+
     # Pairs
     pair_rule: str = _key("all", "Pairs of siblings: best_worst, top_bottom or all.")
     min_gap: float = _key(0.0, "A pair's values differ by more than this (values lie in [-1, 1]).")

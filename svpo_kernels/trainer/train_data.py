@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -87,8 +86,10 @@ class TrainData:
         """Hash of all that decides a plan: pairs, parents, ids and values."""
         digest = hashlib.blake2b(digest_size=16)
         for tree, pairs, sft, weights in zip(self.trees, self.pairs, self.sft, self.weights, strict=True):
-            nodes = [(node.parent, node.q_value, node.terminal, tree.value_end(i)) for i, node in enumerate(tree.nodes)]
-            digest.update(json.dumps([nodes, tree.start, tree.length]).encode())
+            values = [np.nan if node.q_value is None else node.q_value for node in tree.nodes]
+            ends = [(node.terminal, tree.value_end(i)) for i, node in enumerate(tree.nodes)]
+            for numbers in (values, ends, tree.paths.parent, tree.start, tree.length):
+                digest.update(np.array(numbers, np.float64).tobytes())
             digest.update(tree.paths.ids.tobytes())
             for array in (pairs, np.asarray(sft, np.int64), np.asarray(weights, np.float32)):
                 digest.update(np.ascontiguousarray(array).tobytes())

@@ -107,6 +107,16 @@ class StepTree:
         self._link()
         self._measure(prompt.array())
 
+    @classmethod
+    def from_paths(cls, paths: Paths, nodes: list[StepNode]) -> StepTree:
+        """The tree whose `paths` these are; nodes: without ids. Shape is checked, ids are not: they are a tree's."""
+        tree = cls.__new__(cls)
+        tree.nodes, tree.paths, tree.start, tree.length = nodes, paths, paths.start, paths.length
+        tree._link()
+        for i, node in enumerate(nodes):
+            node.path_ids, node.start = PathIds(paths, i), paths.start[i]
+        return tree
+
     def __len__(self) -> int:
         return len(self.nodes)
 
