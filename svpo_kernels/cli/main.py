@@ -233,6 +233,53 @@ def score(
                   max_tokens=max_tokens, device=device, trust_remote_code=trust_remote_code, say=typer.echo)
 
 
+ROLLOUT_HELP = """Grow step trees: from prompts, a model and a verifier to the values of steps (MCTS).
+
+CONFIG.yaml holds the settings, any of them may be given again as key=value. What comes out is a file that
+`svpo train`, `svpo data` and `svpo report` read: ids as generated, their log-probs, priors, visits and values.
+
+\b
+    prompts_file: prompts.jsonl        # {"question": ..., "answer": ...}
+    model_name_or_path: run1
+    verifier: numeric                  # exact, boxed, code, or package.module:function
+    value: rollouts                    # or head: the value head beside the model
+    simulations: 32
+    children: 4
+
+\b
+    svpo rollout rollout.yaml
+    svpo rollout rollout.yaml endpoint=http://localhost:8000/v1 model_name_or_path=NAME tokenizer_name_or_path=DIR
+
+A run that was killed goes on with the next prompt when the same command is given again.
+"""
+
+
+def print_rollout_keys(wanted: bool) -> None:
+    if wanted:
+        from ..reasoning.rollout import describe_keys
+
+        for line in describe_keys():
+            typer.echo(line)
+        raise typer.Exit
+
+
+@app.command(help=ROLLOUT_HELP)
+def rollout(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File with the settings.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", callback=print_rollout_keys, is_eager=True,
+                                       help="List every key with its default, and end.")] = False,
+) -> None:
+    from ..reasoning.rollout import known_keys, run_rollout, settings_of
+    from ..trainer.run import quiet
+    from ..trainer.settings import read_settings
+
+    with errors_in_one_line():
+        settings = settings_of(read_settings(config, overrides or [], known=known_keys()))
+        quiet()
+        run_rollout(settings, say=typer.echo)
+
+
 @app.command()
 def report(
     targets: Annotated[list[str], typer.Argument(metavar="RUN|FILE ...", help="Run directories of `svpo train`, files "

@@ -137,6 +137,18 @@ def load_scoring_model(directory: str, scorer: str = "auto", *, dtype: str = "au
     return model
 
 
+def load_generator(directory: str, *, dtype: str = "auto", device: str | None = None,
+                   trust_remote_code: bool = False) -> tuple[nn.Module, nn.Module | None]:
+    """A causal LM that generates, and the head that lies beside it or None. Raises as `load_scoring_model`."""
+    directory = local(directory)
+    config = SimpleNamespace(dtype=dtype, attn_implementation=None, hub_token=None, peft="none",
+                             trust_remote_code=trust_remote_code)
+    lm, found = start.load_lm(config, directory), head_files.read(directory)
+    head = None if found is None else _make_head("head", directory, lm, found, head_files.description(directory))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return lm.to(place).eval(), None if head is None else head.to(place).eval()
+
+
 def local(name: str) -> str:
     """The folder of a model: itself, or the snapshot of a hub name. Raises ValueError for a path that is not there."""
     if os.path.isdir(name):

@@ -149,10 +149,12 @@ def valid_keys() -> list[str]:
     return sorted({*(entry.name for entry in fields(Settings)), *keys.KNOWN})
 
 
-def read_settings(path: str | os.PathLike | None, overrides: Sequence[str] = (), **values: Any) -> dict[str, Any]:
+def read_settings(path: str | os.PathLike | None, overrides: Sequence[str] = (), *, known: Sequence[str] | None = None,
+                  **values: Any) -> dict[str, Any]:
     """What `path` (YAML, may be None) sets, then `values`, then `overrides` ("key=value"), in the types as written.
 
-    Raises ConfigError that names the file, or for an unknown key the nearest valid one.
+    known: the keys there are, None: those of a training run. Raises ConfigError that names the file, or for an unknown
+    key the nearest valid one.
     """
     settings: dict[str, Any] = {}
     if path is not None:
@@ -163,7 +165,7 @@ def read_settings(path: str | os.PathLike | None, overrides: Sequence[str] = (),
         if not sign:
             raise ConfigError(f"config: an override must look like key=value, got {override!r}")
         settings[key.strip()] = _override_value(key.strip(), value)
-    known = valid_keys()
+    known = valid_keys() if known is None else known
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)

@@ -1,0 +1,136 @@
+"""One step tree, grown by the search of AlphaZero over steps: select by PUCT, expand, judge, back up.
+
+    Q(s) = W(s) / N(s)      U(s) = c P(s) sqrt(N(parent)) / (1 + N(s))      the child with the largest Q + U is taken
+
+P is the softmax over siblings of a step's mean log-prob. A leaf is worth the verifier's +1 or -1 where its answer is
+over, else the value head's or a second model's score, or the mean of rollouts to the end. Source: PUCT as in AlphaZero
+(arXiv 1712.01815), over steps of reasoning as in AlphaMath (arXiv 2405.03553) and SVPO (arXiv 2406.10858).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .engines import Prefix, Step
+
+Judge = Callable[[Prefix], float]  # whole answers: +1 right, -1 wrong
+LeafValue = Callable[[list[Prefix]], list[float]]  # of answers that go on, in [-1, 1]
+
+
+@dataclass
+class Growth:
+    """simulations: selections of one tree. children: steps drawn where a leaf is expanded. c_puct: weight of the prior.
+    max_depth: most steps of a path. leaves: how many leaves are expanded together (a virtual loss keeps them apart)."""
+
+    simulations: int = 32
+    children: int = 4
+    c_puct: float = 1.5
+    max_depth: int = 16
+    leaves: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("simulations", "children", "max_depth", "leaves"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.c_puct >= 0:
+            raise ValueError(f"rollout: c_puct must be at least 0, got {self.c_puct}")
+
+
+@dataclass
+class Node:
+    """A step in the tree; the root is the prompt and has none."""
+
+    prefix: Prefix
+    parent: Node | None = None
+    step: Step | None = None
+    prior: float = 1.0
+    depth: int = 0
+    visits: int = 0
+    total: float = 0.0
+    closed: bool = False  # the answer is over, or as long as may be
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        """Q = W / N, 0 before the first visit."""
+        return self.total / self.visits if self.visits else 0.0
+
+    def child(self, c_puct: float) -> Node:
+        """The child that PUCT takes; ties to the first."""
+        explore = c_puct * math.sqrt(max(self.visits, 1))
+        return max(self.children, key=lambda node: node.value + explore * node.prior / (1 + node.visits))
+
+
+def grow(engine: Any, prompt: Any, judge: Judge, leaf_value: LeafValue, growth: Growth,
+         generator: torch.Generator) -> Node:
+    """The root of a tree of `simulations` selections. Siblings of equal ids (or text) are one; values: in [-1, 1]."""
+    root = Node(engine.begin(prompt))
+    done = 0
+    while done < growth.simulations:
+        chosen = _select(root, growth, min(growth.leaves, growth.simulations - done))
+        fresh = [node for node in chosen if not node.closed]
+        if fresh:
+            for node, steps in zip(fresh, engine.go_on([node.prefix for node in fresh], growth.children, generator),
+                                   strict=True):
+                _expand(node, steps, engine, growth)
+        worth = dict(zip(map(id, fresh), leaf_value([node.prefix for node in fresh]) if fresh else (), strict=True))
+        for node in chosen:
+            value = judge(node.prefix) if node.closed else worth[id(node)]
+            if not -1 <= value <= 1:
+                raise ValueError(f"rollout: the value of a leaf must be in [-1, 1], got {value}")
+            _back_up(node, value)
+        done += len(chosen)
+    return root
+
+
+def _select(root: Node, growth: Growth, most: int) -> list[Node]:
+    """Distinct leaves, found one after the other under a virtual loss of those before. A leaf that is closed may come
+    again, in a batch of its own."""
+    chosen: list[Node] = []
+    for _ in range(most):
+        node = root
+        while node.children:
+            node = node.child(growth.c_puct)
+        if node in chosen:
+            break
+        chosen.append(node)
+        _along(node, 1, -1.0)
+    for node in chosen:
+        _along(node, -1, 1.0)
+    return chosen
+
+
+def _expand(node: Node, steps: list[Step], engine: Any, growth: Growth) -> None:
+    seen: dict[Any, Step] = {}
+    for step in steps:
+        if step.text.strip() or step.ended:
+            seen.setdefault(tuple(step.ids) if step.ids is not None else step.text, step)
+    priors = _priors(list(seen.values()))
+    for step, prior in zip(seen.values(), priors, strict=True):
+        prefix = node.prefix.then(step)
+        depth = node.depth + 1
+        over = step.ended or depth >= growth.max_depth or prefix.used >= engine.sampling.max_tokens
+        node.children.append(Node(prefix, node, step, prior, depth, closed=over))
+    node.closed = not node.children  # nothing but white space came: a dead end
+
+
+def _priors(steps: list[Step]) -> list[float]:
+    """Softmax over siblings of the mean log-prob of a step's tokens; equal shares where one has none."""
+    if not steps or any(not step.logps for step in steps):
+        return [1 / len(steps)] * len(steps) if steps else []
+    means = torch.tensor([sum(step.logps) / len(step.logps) for step in steps], dtype=torch.float64)
+    return torch.softmax(means, 0).tolist()
+
+
+def _back_up(node: Node, value: float) -> None:
+    _along(node, 1, value)
+
+
+def _along(node: Node | None, visits: int, value: float) -> None:
+    while node is not None:
+        node.visits, node.total, node = node.visits + visits, node.total + value, node.parent
