@@ -39,6 +39,7 @@ RACES = (
 def settings() -> str:
     import transformers
 
+    from svpo_kernels.trainer import policy
     from svpo_kernels.trainer.keys import table
     from svpo_kernels.trainer.presets import PRESETS, SETTINGS
     from svpo_kernels.trainer.settings import own_keys
@@ -46,8 +47,11 @@ def settings() -> str:
     lines = ["# Settings of `svpo train`", "", MADE, "", "| key | default | |", "| --- | --- | --- |"]
     lines += [f"| `{key}` | `{default}` | {cell(text)} |" for key, default, text in own_keys()]
     lines += ["", "## Presets", "", "A key of the loss that is left out takes the preset's value."]
-    for name, preset in PRESETS.items():
-        values = ", ".join(f"`{key}: {value}`" for key, value in (preset | SETTINGS.get(name, {})).items())
+    known = {name: (preset, preset | SETTINGS.get(name, {})) for name, preset in PRESETS.items()}
+    known |= {name: (preset, {"objective": "policy"} | policy.preset_keys(name))
+              for name, preset in policy.PRESETS.items()}
+    for name, (preset, keys) in known.items():
+        values = ", ".join(f"`{key}: {value}`" for key, value in keys.items())
         lines += ["", f"**{name}**: {values}", "", f"- Source: {preset.source}", f"- Stated there: {preset.theirs}",
                   f"- Ours: {preset.ours}"]
     lines += ["", f"{FIELDS} {transformers.__version__}", "", "| key | here | |", "| --- | --- | --- |"]

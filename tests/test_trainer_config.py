@@ -70,7 +70,8 @@ def test_presets_with_keys_on_top(tmp_path, preset):
     ("max_pairs=-1", "config: max_pairs must be at least 0 or null, got -1"),
     ("max_path_tokens=0", "config: max_path_tokens must be at least 1, got 0"),
     ("packing=flat", "packing must be one of tree, distinct, pairs, stream, got 'flat'"),
-    ("preset=ppo", "preset must be one of svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo, dvo, got 'ppo'"),
+    ("preset=dpo", r"preset must be one of svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo, dvo \(objective "
+                   r"policy: ppo, grpo, .*\), got 'dpo'"),
     ("max_tokens=many", "max_tokens must be a number of tokens or auto, got 'many'"),
     ("max_tokens=0", "max_tokens must be at least 1, got 0"),
     ("pairs_per_step=0", "pairs_per_step must be at least 1, got 0"),

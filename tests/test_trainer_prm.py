@@ -172,7 +172,7 @@ def test_the_f1_of_a_known_answer():
     ({"objective": "implicit_prm", "reference": "none"}, "reference must be cache or online"),
     ({"objective": "prm", "head_outputs": 3}, "head_outputs must be 1 or 2, got 3"),
     ({"objective": "prm", "good_weight": 0}, "good_weight must be above 0"),
-    ({"objective": "orm"}, "objective must be one of preference, prm, implicit_prm, got 'orm'"),
+    ({"objective": "orm"}, "objective must be one of preference, prm, implicit_prm, policy, got 'orm'"),
 ])
 def test_settings_that_do_not_fit(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):

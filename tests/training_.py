@@ -12,6 +12,7 @@ from tiny_trees import random_tree
 
 from svpo_kernels import select_pairs
 from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData, load_config, report
+from svpo_kernels.trainer.run import make_data
 from svpo_kernels.trainer.train_data import pair_weights
 
 
@@ -30,6 +31,15 @@ def unequal_data(sizes=((2, 3), (1, 2), (3, 2), (1, 4), (2, 2)), weigh="pair", s
     pairs = [select_pairs(tree, "all", 0.2).numpy() for tree in trees]
     chosen = [sorted(set(rows[:, 0].tolist())) for rows in pairs] if sft else []
     return TrainData(trees, pairs, chosen, pair_weights(trees, pairs, weigh))
+
+
+def policy_data(folder, sizes, **settings):
+    """Trees of (depth, children) each whose leaves end a solution, as objective policy takes them."""
+    trees = [random_tree(seed, depth=depth, children=children) for seed, (depth, children) in enumerate(sizes)]
+    for tree in trees:
+        for index, node in enumerate(tree.nodes):
+            node.terminal = not tree.children[index]
+    return make_data(make_config(folder, **settings), trees, [()] * len(trees))
 
 
 class Gradients(hf.TrainerCallback):
@@ -51,9 +61,8 @@ def make_config(output_dir, **settings):
 def make_trainer(output_dir, data=None, lm=None, eval_data=None, **settings):
     """A trainer on the CPU with a Gradients callback as trainer.gradients."""
     config = make_config(output_dir, **settings)
-    loss = config.loss_arguments()
     lm = small_lm() if lm is None else lm
-    head = loss["value_weight"] > 0 or loss["rank_weight"] > 0
+    head = config.head == "value"
     model = StepModel(lm, value_head=head)
     if head:
         torch.manual_seed(1)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from . import keys, packages
+from . import keys, packages, policy
 from .presets import DEFAULTS, PRESETS, SETTINGS
 from .settings import ConfigError, Settings, read_settings
 
@@ -39,7 +39,8 @@ CHOICES = {
     "packing_fallback": ("none", "distinct"),
     "values": (None, "pairs", "path", "labelled"),
     "turn_start": ("auto", "generation"),
-    "objective": (None, "preference", "prm", "implicit_prm"),
+    "objective": (None, "preference", "prm", "implicit_prm", "policy"),
+    **policy.CHOICES,
     "head": ("auto", "none", "value", "class", "token"),
     "sft_nodes": (None, "chosen", "good"),
     "reference": (None, "cache", "online", "none"),
@@ -113,19 +114,52 @@ class SVPOConfig(Settings, TrainingArguments):
             raise ConfigError(f"config: min_gap must be at least 0, got {self.min_gap}")
         if self.max_pairs is not None and self.max_pairs < 0:
             raise ConfigError(f"config: max_pairs must be at least 0 or null, got {self.max_pairs}")
-        if self.preset not in PRESETS:
-            raise ConfigError(f"config: preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        self._check_preset()
         for key, default in DEFAULTS.items():
             if getattr(self, key) is None:
                 setattr(self, key, SETTINGS.get(self.preset, {}).get(key, default))
         if self.preset == "dvo" and self.objective != "dvo":
             raise ConfigError(f"config: objective must be left out with preset dvo, got {self.objective!r}")
-        if self.logp_reduction == "mean" and self.objective in ("prm", "implicit_prm"):
+        self._check_policy()
+        if self.logp_reduction == "mean" and self.objective in ("prm", "implicit_prm", "policy"):
             raise ConfigError(f"config: logp_reduction must be sum with objective {self.objective}, got 'mean'")
         self._check_loss()
 
+    def _check_preset(self) -> None:
+        """The preset is one of its objective's; without an objective it says which."""
+        if self.preset is None:
+            self.preset = policy.DEFAULT_PRESET if self.objective == "policy" else "svpo"
+        if self.preset in policy.PRESETS and self.objective is None:
+            self.objective = "policy"
+        names = policy.PRESETS if self.objective == "policy" else PRESETS
+        if self.preset in policy.PRESETS and names is PRESETS:
+            raise ConfigError(f"config: objective must be policy with preset {self.preset}, got {self.objective!r}")
+        if self.preset not in names:
+            also = f" (objective policy: {', '.join(policy.PRESETS)})" if names is PRESETS else " with objective policy"
+            raise ConfigError(f"config: preset must be one of {', '.join(names)}{also}, got {self.preset!r}")
+
+    def _check_policy(self) -> None:
+        """The policy's keys take their preset's values; keys of another objective's loss are refused."""
+        policies = self.objective == "policy"
+        for key in (LOSS_KEYS if policies else policy.KEYS):
+            if getattr(self, key) is not None:
+                other = "preference" if policies else "policy"
+                raise ConfigError(f"config: {key} is read by objective {other} only, got {getattr(self, key)!r} with "
+                                  f"objective {self.objective}")
+        if policies:
+            policy.fill_in(self)
+            if self.reference == "none" and self.kl_weight:
+                raise ConfigError(f"config: reference must be cache or online with kl_weight {self.kl_weight:g}, got "
+                                  "'none'")
+
     def _check_loss(self) -> None:
         """One call on one pair: what svpo_loss refuses ends the run here, before model, data and references."""
+        if self.objective == "policy":
+            try:
+                policy.check(self)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"config: {str(error).partition(': ')[2]}") from None
+            return
         import torch
 
         from svpo_kernels.step_loss import svpo_loss
@@ -153,11 +187,11 @@ class SVPOConfig(Settings, TrainingArguments):
     def _check_objective(self) -> None:
         """The head that `auto` means; heads and keys that the objective has no use for are refused."""
         reads_values = self.weight("value") > 0 or self.weight("rank") > 0
-        natural = {"prm": "class", "implicit_prm": "none", "dvo": "none"}.get(
+        natural = {"prm": "class", "implicit_prm": "none", "dvo": "none", "policy": "none"}.get(
             self.objective, "value" if reads_values else "none")
         if self.head == "auto":
             self.head = natural
-        fits = {"prm": ("class", "token"), "implicit_prm": ("none",), "dvo": ("none",)}.get(self.objective, (natural,))
+        fits = {"prm": ("class", "token")}.get(self.objective, (natural,))
         if self.head not in fits:
             raise ConfigError(f"config: head must be {' or '.join(fits)} with objective {self.objective}, got "
                               f"{self.head!r}")
@@ -197,7 +231,10 @@ class SVPOConfig(Settings, TrainingArguments):
         return self.weight("preference") != 0 or self.weight("rank") != 0
 
     def loss_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `svpo_loss`: the preset's, with the keys that were set in this configuration on top."""
+        """Keyword arguments of `svpo_loss` (for a policy: of `step_policy_loss`): the preset's, with the keys that were
+        set in this configuration on top."""
+        if self.objective == "policy":
+            return policy.loss_arguments(self)
         explicit = {key: getattr(self, key) for key in LOSS_KEYS if getattr(self, key) is not None}
         return {**PRESETS[self.preset], **explicit}
 

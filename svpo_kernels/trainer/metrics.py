@@ -23,9 +23,17 @@ MEANS = {
     "loss/sft": "steps",
     "value/mse": "labelled",
     "value/accuracy": "value_pairs",
+    "loss/policy": "steps",
+    "policy/kl": "steps",
+    "policy/entropy": "steps",
+    "policy/ratio": "policy_members",
+    "policy/clip_fraction": "policy_members",
+    "policy/approx_kl": "policy_tokens",
 }
+SVPO_TERMS = ("loss/preference", "loss/value", "loss/rank", "loss/sft")
 COUNTS = ("pairs", "scored_pairs", "labelled", "value_pairs", "steps", "tokens", "pairwise_tokens", "flops",
-          "pairwise_flops")
+          "pairwise_flops", "policy_members", "policy_tokens",
+          "policy_references", "policy_entropies")
 # name -> how many numbers: one each, and the histograms of step scores
 SIZES = {**dict.fromkeys((*MEANS, *COUNTS), 1), **dict.fromkeys(prm_metrics.HISTOGRAMS, prm_metrics.BINS)}
 LENGTH = sum(SIZES.values())
@@ -77,6 +85,10 @@ def means(vector: Tensor) -> dict[str, float]:
         found["compute/saved_flops"] = 1 - sums["flops"] / sums["pairwise_flops"]
     histograms = (np.array(sums.get(name, [0.0] * prm_metrics.BINS)) for name in prm_metrics.HISTOGRAMS)
     scored = prm_metrics.step_metrics(*histograms)
+    theirs = SVPO_TERMS if sums["policy_members"] else ("policy/", "loss/policy")
+    theirs += tuple(name for name, count in (("policy/kl", "policy_references"), ("policy/entropy", "policy_entropies"))
+                    if not sums[count])
+    found = {name: value for name, value in found.items() if not name.startswith(theirs)}
     if scored:  # an objective on step scores has none of svpo_loss's terms
         found = {name: value for name, value in found.items() if not name.startswith("loss/")}
     return found | scored
@@ -105,3 +117,16 @@ def add_pack(sums: Sums, pack: dict, out, step_logps: Tensor | None, values: Ten
         sums.add(labelled=pack["counts"][1], **{"value/mse": error.square().sum()})
         if P:
             sums.add(value_pairs=P, **{"value/accuracy": out.value_accuracy * P})
+
+
+def add_policy(sums: Sums, out, advantages: Tensor, plan, by_token: bool, has_kl: bool, has_entropy: bool) -> None:
+    """Add one pack's part. out: its StepPolicyLoss over the whole step's totals; advantages (S,), NaN for no member."""
+    sums.add(loss=out.loss, **{"loss/policy": out.policy, "policy/kl": out.kl, "policy/entropy": out.entropy},
+             policy_references=has_kl, policy_entropies=has_entropy)
+    member = ~advantages.isnan()
+    tokens = (plan.counts * member).sum()
+    members = tokens if by_token else (member & (plan.counts > 0)).sum()
+    if bool(members):
+        sums.add(policy_members=members, policy_tokens=tokens, **{
+            "policy/ratio": out.ratio_mean * members, "policy/clip_fraction": out.clip_fraction * members,
+            "policy/approx_kl": out.approx_kl * tokens})

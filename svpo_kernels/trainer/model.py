@@ -82,25 +82,29 @@ class StepModel(nn.Module):
         inputs = batch.model_inputs(self.causal_lm)
         return decoder(self.causal_lm)(**inputs, use_cache=False).last_hidden_state
 
-    def step_logps(self, hidden: Tensor, batch: StepBatch) -> Tensor:
+    def step_logps(self, hidden: Tensor, batch: StepBatch, **asked: Any) -> Any:
+        """(S,); asked: reduction and stats of `linear_step_logps`."""
         return linear_step_logps(
             hidden,
             labels=batch.plan,
             backend=self.backend,
             logits_budget_mb=self.logits_budget_mb,
             **head(self.causal_lm),
+            **asked,
         )
 
-    def forward(self, batch: StepBatch, want_logps: bool = True,
-                labels: Tensor | None = None) -> dict[str, Tensor | None]:
-        """step_logps (S,) if wanted; values (S,) of the head, and with labels (S,) its step_losses (S,); else None.
+    def forward(self, batch: StepBatch, want_logps: bool = True, labels: Tensor | None = None, reduction: str = "sum",
+                stats: tuple[str, ...] = ()) -> dict[str, Tensor | None]:
+        """step_logps (S,) if wanted, or (N,) with reduction "none"; entropy (N,) if in stats; values (S,) of the head,
+        and with labels (S,) its step_losses (S,); else None.
 
         A batch that is streamed is run so, without gradients; with them it is `StreamingMixin.stream_step`'s.
         """
         if batch.get("streamed"):
-            return StreamedPack(self, batch, want_logps, labels).forward()
+            return StreamedPack(self, batch, want_logps, labels, reduction, stats).forward()
         hidden = self.hidden_states(batch)
-        logps = self.step_logps(hidden, batch) if want_logps else None
+        logps = self.step_logps(hidden, batch, reduction=reduction, stats=stats) if want_logps else None
+        logps, found = logps if stats and want_logps else (logps, {})
         values = losses = None
         if self.v_head is not None:
             own = {}
@@ -108,7 +112,7 @@ class StepModel(nn.Module):
                 parts = head(self.causal_lm)
                 own = {"lm_head_weight": parts["weight"], "lm_head_bias": parts["bias"]}
             values, losses = self.v_head(hidden, batch.value_positions, labels, backend=self.backend, **own)
-        return {"step_logps": logps, "values": values, "step_losses": losses}
+        return {"step_logps": logps, "values": values, "step_losses": losses, "entropy": found.get("entropy")}
 
     @property
     def holds_its_start(self) -> bool:

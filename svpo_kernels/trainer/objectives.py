@@ -6,6 +6,7 @@
 | prm          | trees with labelled steps | a head at the step ends          | `prm_loss`, binary cross-entropy  |
 | implicit_prm | trees with labelled steps | log-probs of the paths to a step | cross-entropy of beta * log-ratio |
 | dvo          | trees with labelled steps | step log-probs                   | `dvo_loss` to gains in value      |
+| policy       | trees of rollouts         | token log-probs                  | `step_policy_loss`                |
 
 Every loss is a sum over its members divided by the optimizer step's totals, so that packs, micro-batches and processes
 change neither loss nor gradient. The implicit reward's loss is one on (S,) scores that exist already: it is torch's own
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svpo_kernels.step_loss import dvo_loss, svpo_loss
+from svpo_kernels.step_policy import step_policy_loss
 
-from . import prm_metrics
+from . import policy, prm_metrics
 from .config import SVPOConfig
-from .metrics import Sums, add_pack
+from .metrics import Sums, add_pack, add_policy
 from .solution_metrics import StepScores
 
 
@@ -33,6 +35,7 @@ class Preference:
 
     name = "preference"
     evaluates = None  # the steps that evaluation runs: those of training, or of another rule for values
+    asked: dict[str, Any] = {}  # of the model's log-probs, beside sums per step
 
     def __init__(self, config: SVPOConfig) -> None:
         self.config, self.arguments = config, config.loss_arguments()
@@ -94,6 +97,7 @@ class ProcessReward:
     """Binary cross-entropy of a head at the labelled steps' ends; labels are (q_value + 1) / 2."""
 
     name = "prm"
+    asked: dict[str, Any] = {}
     wants_logps = wants_reference = False
     evaluates = "all"  # in evaluation steps without a label are scored too: solutions are judged whole
 
@@ -153,6 +157,7 @@ class ValueOptimization:
     """Direct value optimization: beta * log-ratio of a step, fitted to its gain in value (`dvo_loss`)."""
 
     name = "dvo"
+    asked: dict[str, Any] = {}
     wants_logps = True
     evaluates = None
 
@@ -179,7 +184,42 @@ class ValueOptimization:
         return Loss(loss)
 
 
-OBJECTIVES = {kind.name: kind for kind in (Preference, ProcessReward, ImplicitReward, ValueOptimization)}
+class StepPolicy:
+    """`step_policy_loss` over steps with one advantage each, against the policy that sampled them."""
+
+    name = "policy"
+    wants_logps = True
+    evaluates = None
+
+    def __init__(self, config: SVPOConfig) -> None:
+        self.config, self.arguments = config, policy.loss_arguments(config)
+        self.wants_reference = config.kl_weight != 0
+        self.asked = {"reduction": "none", "stats": ("entropy",) if config.entropy_weight else ()}
+
+    def labels(self, batch: Any) -> Tensor | None:
+        return None
+
+    def loss(self, outputs: dict[str, Tensor | None], pack: dict[str, Any], references: Tensor | None,
+             counts: tuple | None, sums: Sums) -> Any:
+        """StepPolicyLoss of one pack over the totals of its step."""
+        batch, logps = pack["batch"], outputs["step_logps"]
+        totals = (pack["counts"] if counts is None else counts)[1:]
+        old, advantages, weights = batch.get("old_logps"), pack.get("advantages"), pack.get("token_weights")
+        if batch.plan.num_steps == 0:  # an empty pack has none of them
+            old, advantages, weights = (logps.new_zeros(0, dtype=torch.float32) for _ in range(3))
+            references = old if self.wants_reference else None
+        if old is None:
+            raise ValueError("SVPOTrainer: this batch has no old log-probs; call prepare_reference on its data")
+        out = step_policy_loss(logps, old, advantages, batch.plan.step_ids, ref_logps=references,
+                               entropy=outputs["entropy"], weights=weights, totals=totals,
+                               backend=self.config.backend, **self.arguments)
+        with torch.no_grad():
+            add_policy(sums, out, advantages, batch.plan, self.config.ratio == "token", references is not None,
+                       outputs["entropy"] is not None)
+        return out
+
+
+OBJECTIVES = {kind.name: kind for kind in (Preference, ProcessReward, ImplicitReward, ValueOptimization, StepPolicy)}
 
 
 def make_objective(config: SVPOConfig) -> Any:

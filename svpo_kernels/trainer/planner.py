@@ -32,6 +32,7 @@ from .packs import (
     trials,
     visit_smoothing,
 )
+from .policy import add_rollouts
 from .targets import Targets
 from .train_data import TrainData, longest_alone, pruned
 
@@ -154,12 +155,16 @@ class EpochPlanner:
 
     def totals(self) -> tuple[int, int, int]:
         """The counts of all steps of an epoch together, where every value counts once."""
-        data, labelled = self.data, 0
-        for index in range(len(data.trees)):
-            nodes = data.trees[index].nodes
-            labelled += int(self._count(index, [i for i in self._targets.of_tree(index).tolist()
-                                                if nodes[i].q_value is not None]))
-        return data.num_pairs, labelled, sum(map(len, data.sft))
+        data = self.data
+        labelled = {index: [i for i in self._targets.of_tree(index).tolist() if tree.nodes[i].q_value is not None]
+                    for index, tree in enumerate(data.trees)}
+        return self._counts(data.num_pairs, labelled, sum(map(len, data.sft)))
+
+    def _counts(self, pairs: int, labelled: dict[int, list[int]], sft: int) -> tuple[int, int, int]:
+        """(pairs, labelled steps, SFT steps), for the labelled nodes by tree; of rollouts (0, members, tokens)."""
+        if self.data.rollouts is not None:
+            return 0, *self.data.rollouts.totals(labelled)
+        return pairs, int(sum(self._count(tree, nodes) for tree, nodes in labelled.items())), sft
 
     def _cut(self, items: list[Item], parts: int) -> list[list[Item]]:
         """Contiguous parts, none of them empty, of about equal lengths in tokens."""
@@ -215,7 +220,7 @@ class EpochPlanner:
             labelled: dict[int, list[int]] = {}
             for tree, node in pack.valued_nodes():
                 labelled.setdefault(numbers[tree], []).append(node)
-            counts = (pack.counts[0], sum(self._count(tree, nodes) for tree, nodes in labelled.items()), pack.counts[2])
+            counts = self._counts(pack.counts[0], labelled, pack.counts[2])
 
             def make(pack: Any = pack, counts: tuple = counts) -> dict[str, Any]:
                 return self._finished(described(pack.batch(), index, weight), counts)
@@ -240,8 +245,10 @@ class EpochPlanner:
         count_targets_once(packs)
         for pack in packs:
             batch = pack["batch"]
-            labelled = batch.node_of_step[~batch.value_targets.isnan()].tolist()
-            counts = (pack["counts"][0], sum(self._count(tree, [node]) for tree, node in labelled), pack["counts"][2])
+            labelled = {}
+            for tree, node in batch.node_of_step[~batch.value_targets.isnan()].tolist():
+                labelled.setdefault(tree, []).append(node)
+            counts = self._counts(pack["counts"][0], labelled, pack["counts"][2])
 
             def make(pack: dict[str, Any] = pack, counts: tuple = counts) -> dict[str, Any]:
                 return self._finished(pack, counts)
@@ -272,4 +279,6 @@ class EpochPlanner:
             add_gains(trees, pack)
         if settings.trials:
             add_trials(trees, pack)
+        if self.data.rollouts is not None:
+            add_rollouts(self.data, pack)
         return pack

@@ -46,43 +46,51 @@ class PreparingMixin:
         self._packing_checked = True
 
     def prepare_reference(self, data: TrainData | None) -> None:
-        """Set every paired node's reference log-prob: given with the data, cached on disk, or computed now."""
-        if data is None or not self.wants_reference or self.config.reference != "cache":
+        """Set every referenced node's log-probs: given with the data, cached on disk, or computed now. So are those of
+        the policy that sampled rollouts, which is the starting model where they are not given."""
+        if data is not None and data.rollouts is not None:
+            self._prepare(data, data.rollouts.old, None)
+        if data is not None and self.wants_reference and self.config.reference == "cache":
+            self._prepare(data, data if data.rollouts is None else data.rollouts.reference, self.ref_model)
+
+    def _prepare(self, data: TrainData, places: Any, model: nn.Module | None) -> None:
+        """Fill the places of the data with log-probs of a model; None: of the starting one."""
+        if reference.has_references(places):
             return
-        if reference.has_references(data):
-            return
-        scorer = self.ref_model or self.accelerator.unwrap_model(self.model)
+        scorer = model or self.accelerator.unwrap_model(self.model)
         precision = f"{self.accelerator.mixed_precision} {self.settings.packing == 'tree'}"
-        path = reference.cache_path(os.path.join(self.args.output_dir, FOLDER), scorer.causal_lm, data, precision)
-        reason = reference.read_cache(path, data)
+        path = reference.cache_path(os.path.join(self.args.output_dir, FOLDER), scorer.causal_lm, places, precision)
+        reason = reference.read_cache(path, places)
         if self._all_agree(reason is None):
             return
         if reason is not None and path.is_file() and self.args.process_index == 0:
             print(f"svpo train: the cache of references {path} is computed anew: {reason}")
-        if self.state.global_step > 0 and self.ref_model is None and not scorer.holds_its_start:
+        if self.state.global_step > 0 and model is None and not scorer.holds_its_start:
             raise ValueError("SVPOTrainer: the reference is the model before training, which has begun; give ref_model "
                              "or evaluate these data before training")
         found = reference.compute(
-            self._whole(data), lambda batch: self._reference_logps(batch.to(self.args.device)), self.args.process_index,
-            lambda steps: self.watch(steps, "reference"),
+            self._whole(data), lambda batch: self._reference_logps(batch.to(self.args.device), scorer),
+            self.args.process_index, lambda steps: self.watch(steps, "reference"),
         )
-        reference.set_references(data, found)
+        reference.set_references(places, found)
         if self.args.should_save:
-            reference.write_cache(path, data)
+            reference.write_cache(path, places)
 
     @torch.no_grad()
-    def _reference_logps(self, batch: Any) -> Tensor:
-        """(S,) log-probs of the reference: the second model, or the model itself with adapters off."""
-        scorer = self.ref_model or self.accelerator.unwrap_model(self.model)
+    def _reference_logps(self, batch: Any, scorer: Any = None) -> Tensor:
+        """(S,) or (N,) log-probs of the reference: the second model, or the model itself with adapters off."""
+        scorer = scorer or self.ref_model or self.accelerator.unwrap_model(self.model)
         with self._mode(scorer, False), scorer.adapters_off(), self.accelerator.autocast():
-            return scorer(batch)["step_logps"]
+            return scorer(batch, **{**self.objective.asked, "stats": ()})["step_logps"]
 
     def _references_of(self, batch: Any, wanted: bool) -> Tensor | None:
         if not self.wants_reference or not wanted or batch.plan.num_steps == 0:
             return None
         if self.config.reference == "online":
             return self._reference_logps(batch)
-        if batch.ref_step_logps is None and (len(batch.pairs) or self.config.objective == "dvo"):
+        if batch.get("ref_logps") is not None:
+            return batch["ref_logps"]
+        if batch.ref_step_logps is None and (len(batch.pairs) or self.config.objective in ("dvo", "policy")):
             raise ValueError("SVPOTrainer: this batch has no reference log-probs; call prepare_reference on its data")
         return batch.ref_step_logps
 

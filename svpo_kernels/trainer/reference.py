@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ import safetensors.numpy
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+
+from svpo_kernels.plan import StepPlan
 
 from .planner import EpochPlanner
 from .train_data import TrainData
@@ -57,7 +58,7 @@ def has_references(data: TrainData) -> bool:
 
 def data_fingerprint(data: TrainData) -> str:
     """Hash of the steps whose references are read and of the ids of their trees."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(b"tokens" if data.per_token else b"", digest_size=16)
     for tree, nodes in zip(data.trees, data.referenced(), strict=True):
         if len(nodes):
             paths = tree.paths
@@ -73,25 +74,33 @@ def cache_path(directory: str | os.PathLike, model: nn.Module, data: TrainData, 
 
 
 def compute(planner: EpochPlanner, score: Callable[[Any], torch.Tensor], rank: int,
-            watch: Callable[[Any], Any] = iter) -> dict[tuple[int, int], float]:
+            watch: Callable[[Any], Any] = iter) -> dict[tuple[int, int], Any]:
     """Log-probs by (tree, node) of all referenced steps. Each process scores its share, and all get all of them.
 
-    score: a StepBatch -> step log-probs (S,). watch: wraps the steps of the planner, for a progress bar.
+    score: a StepBatch -> step log-probs (S,), or per prediction (N,) of rollouts. watch: wraps the steps of the
+    planner, for a progress bar.
     """
     found = {}
+    by_token = planner.data.rollouts is not None
     for step in watch(range(len(planner))):
         for pack in planner.share(0, step, rank)["packs"]:
             batch = pack["batch"]  # of one token and no step where this process has no work left
-            logps = score(batch).double().cpu().tolist()
-            for place, logp in zip(batch.node_of_step.tolist(), logps, strict=True):
+            logps = score(batch).double().cpu()
+            each = by_step(batch.plan, logps) if by_token else logps.tolist()
+            for place, logp in zip(batch.node_of_step.tolist(), each, strict=True):
                 found[tuple(place)] = logp
     return {place: logp for part in gather_object([found]) for place, logp in part.items()}
 
 
-def set_references(data: TrainData, logps: dict[tuple[int, int], float]) -> None:
+def by_step(plan: StepPlan, logps: torch.Tensor) -> list[np.ndarray]:
+    """(N,) by prediction -> one array a step."""
+    return [own.numpy() for own in logps[plan.step_order.cpu()].split(plan.counts.tolist())]
+
+
+def set_references(data: TrainData, logps: dict[tuple[int, int], Any]) -> None:
     """Write every one that is wanted. Raises ValueError naming the first that is not finite: it would end the run."""
     for place in places(data):
-        if not math.isfinite(logps[place]):
+        if not np.isfinite(logps[place]).all():
             raise ValueError(f"svpo train: the reference's log-prob of node {place[1]} of tree {place[0]} is "
                              f"{logps[place]}; the reference model cannot run this text")
         data.set_reference(*place, logps[place])
@@ -99,10 +108,10 @@ def set_references(data: TrainData, logps: dict[tuple[int, int], float]) -> None
 
 def write_cache(path: Path, data: TrainData) -> None:
     """Save the references of all referenced steps, in one atomic rename."""
-    values = [data.reference(*place) for place in places(data)]
+    values = np.concatenate([np.zeros(0), *(np.atleast_1d(data.reference(*place)) for place in places(data))])
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    safetensors.numpy.save_file({"logps": np.asarray(values, np.float64)}, scratch)
+    safetensors.numpy.save_file({"logps": values}, scratch)
     os.replace(scratch, path)
 
 
@@ -115,9 +124,11 @@ def read_cache(path: Path, data: TrainData) -> str | None:
         values = safetensors.numpy.load_file(path)["logps"]
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         return f"it cannot be read ({str(error).splitlines()[0]})"
-    if values.shape != (len(wanted),):
-        return f"it holds {values.size} log-probs, expected {len(wanted)}"
+    sizes = [data.size(*place) for place in wanted]
+    if values.shape != (sum(sizes),):
+        return f"it holds {values.size} log-probs, expected {sum(sizes)}"
     if not np.isfinite(values).all():
         return f"{(~np.isfinite(values)).sum()} of its {values.size} log-probs are not finite"
-    set_references(data, dict(zip(wanted, values.tolist(), strict=True)))
+    found = np.split(values, np.cumsum(sizes)[:-1]) if data.per_token else values.tolist()
+    set_references(data, dict(zip(wanted, found, strict=True)))
     return None

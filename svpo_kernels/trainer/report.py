@@ -28,6 +28,9 @@ PANELS = (
     ("First errors found", "share", ("prm/first_error_accuracy", "prm/f1")),
     ("Best of N", "share right", ("prm/best_of/min", "prm/best_of/prod", "prm/best_of/mean", "prm/best_of/last",
                                   "prm/best_of/geomean", "prm/best_of/first", "prm/best_of/oracle")),
+    ("Policy loss and KL to the reference", "nats", ("loss/policy", "policy/kl", "policy/approx_kl")),
+    ("Ratio to the policy that sampled", "new / old", ("policy/ratio",)),
+    ("Members that a bound changed", "share", ("policy/clip_fraction",)),
     ("Compute saved against pairs run one by one", "share", ("compute/saved", "compute/saved_flops")),
 )
 
@@ -64,7 +67,7 @@ class ProgressBar(ProgressCallback):
     """Theirs, with the newest figures behind the bar instead of lines above it."""
 
     SHOWN = {"loss": "loss", "rewards/accuracies": "pairs won", "value/mse": "value mse", "prm/accuracy": "steps right",
-             "compute/saved": "saved"}
+             "policy/clip_fraction": "clipped", "compute/saved": "saved"}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -131,7 +134,8 @@ def summary_table(history: list[dict[str, float]], title: str) -> Table:
         for name in names:
             values = [read(history, prefix + name) for read in (first, last)]
             if values[0] is not None:
-                share = name.startswith(("compute/", "prm/best_of/")) or name.endswith(("accuracies", "accuracy"))
+                share = name.startswith(("compute/", "prm/best_of/")) or name.endswith((
+                    "accuracies", "accuracy", "clip_fraction"))
                 table.add_row(prefix + name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in values))
     return table
 

@@ -23,7 +23,7 @@ from svpo_kernels.data.formats import FORMATS, Format, tables
 from svpo_kernels.data.load import read_trees
 from svpo_kernels.trees.tree import StepTree
 
-from . import packages, reference, report, start
+from . import packages, policy, reference, report, start
 from .config import ConfigError, SVPOConfig
 from .head_files import FOLDER
 from .model import StepModel, build_model
@@ -53,6 +53,9 @@ def quiet() -> None:
 def make_data(config: SVPOConfig, trees: list[StepTree], pairs: list[Any]) -> TrainData:
     """Trees and their pairs with the weights and SFT nodes that the configuration asks for."""
     pairs = [np.asarray(rows, np.int64).reshape(-1, 2) for rows in pairs]
+    if config.objective == "policy":
+        trees, rollouts = policy.make_rollouts(config, trees)
+        return TrainData(trees, [rows[:0] for rows in pairs], rollouts=rollouts)
     if not config.reads_pairs():
         pairs = [rows[:0] for rows in pairs]  # no term reads them: whole trees are the unit instead
     sft: list[np.ndarray] = []
@@ -83,6 +86,8 @@ def load_data(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerBase,
     say(f"{path}: {len(data.trees)} trees, {sum(len(tree) for tree in data.trees)} steps, {data.num_pairs} pairs, "
         f"{targets} value targets, {sft} SFT steps")
     say_references(config, path, data, say)
+    for line in policy.facts(config, found.trees, data):
+        say(f"{path}: {line}")
     check_members(config, path, data.num_pairs, targets, sft, say, FORMATS[found.format])
     return data
 
@@ -114,7 +119,7 @@ def encoded_trees(config: SVPOConfig, path: str, tokenizer: PreTrainedTokenizerB
 
 def say_references(config: SVPOConfig, path: str, data: TrainData, say: Any) -> None:
     """Log-probs of a reference that stand in the file take the place of a reference model: never without a word."""
-    places = reference.places(data) if config.reference == "cache" else []
+    places = reference.places(data) if config.reference == "cache" and data.rollouts is None else []
     held = sum(data.reference(*place) is not None for place in places)
     if held:
         what = "they are the reference, no model is run for it" if held == len(places) else "all are computed anew"
@@ -126,7 +131,7 @@ def check_members(config: SVPOConfig, path: str, pairs: int, targets: int, sft: 
     """A term with a weight and no member is said; without pairs for a term over pairs, or with nothing to train at all,
     the run ends in a ConfigError that names the keys, and the objective that the file's format is made for."""
     made_for = ""
-    if found is not None and found.labels and config.objective == "preference":
+    if found is not None and found.labels and config.objective in ("preference", "policy"):
         made_for = f"; {found.title} holds labels of steps: objective: prm trains on them"
     elif found is not None and found.scale is None and config.objective != "preference":
         made_for = f"; {found.title} holds pairs: objective: preference trains on them"
@@ -134,12 +139,16 @@ def check_members(config: SVPOConfig, path: str, pairs: int, targets: int, sft: 
         raise ConfigError(f"config: {path} has no pair of steps with a gap above min_gap = {config.min_gap:g} by "
                           f"pair_rule {config.pair_rule}; `svpo data` shows the gaps{made_for}")
     idle, members = [], pairs
-    for term, count, lack in (("value", targets, f"no step with a value by values = {config.values}"),
+    none = f"no step with an advantage by advantage = {config.advantage}" if config.objective == "policy" else (
+        f"no step with a value by values = {config.values}")
+    for term, count, lack in (("value", targets, none),
                               ("sft", sft, f"no SFT step by sft_nodes = {config.sft_nodes}")):
         if config.weight(term):
             members += count
             if not count:
-                idle.append(f"{term}_weight = {config.weight(term):g} trains nothing: {path} has {lack}")
+                what = "objective policy" if config.objective == "policy" else (
+                    f"{term}_weight = {config.weight(term):g}")
+                idle.append(f"{what} trains nothing: {path} has {lack}")
     if not members:
         raise ConfigError(f"config: nothing would be trained: {'; '.join(idle)}{made_for}")
     for line in idle:
@@ -265,8 +274,9 @@ def leave_group() -> None:
 def describe(trainer: SVPOTrainer) -> str:
     """What a step is and how it is run, and what its packs save."""
     settings = trainer.settings
+    unit = "pairs" if trainer.train_data.num_pairs else "trees"
     return (
-        f"{len(trainer.planner)} optimizer steps an epoch, {settings.pairs_per_step} pairs each, packing="
+        f"{len(trainer.planner)} optimizer steps an epoch, {settings.pairs_per_step} {unit} each, packing="
         f"{settings.packing}, max_tokens={settings.max_tokens}, preset={trainer.config.preset}, "
         f"{settings.world_size} process{'es' if settings.world_size > 1 else ''} on {trainer.args.device}\n"
         + savings(trainer)

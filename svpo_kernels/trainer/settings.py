@@ -71,7 +71,8 @@ class Settings:
     dedup: bool = _key(True, "Siblings with equal texts count once.")
     same_kind: bool = _key(True, "Never pair a step that ends the solution with one that does not.")
     pair_weight: str = _key("pair", "What counts once: every pair, every parent, or every tree.")
-    pairs_per_step: int = _key(64, "Pairs of one optimizer step, over all processes and micro-batches.")
+    pairs_per_step: int = _key(64, "Pairs of one optimizer step (trees, where no term is over pairs), over all "
+                               "processes and micro-batches.")
 
     # Packing
     packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair; stream: "
@@ -84,8 +85,9 @@ class Settings:
 
     # What is trained
     objective: str | None = _key(None, "preference: svpo_loss on pairs and values; prm: a process reward model, a head "
-                                 "at the step ends; implicit_prm: log-ratios to the reference as step rewards. "
-                                 "Default: preference; with preset dvo log-ratios are fitted to gains in value.")
+                                 "at the step ends; implicit_prm: log-ratios to the reference as step rewards; policy: "
+                                 "step_policy_loss on trees of rollouts. Default: preference; with preset dvo "
+                                 "log-ratios are fitted to gains in value, with one of policy it is policy.")
     head: str = _key("auto", "Head at the step ends: value (tanh), class (1 or 2 outputs), token (two rows of lm_head) "
                      "or none; auto: value where the loss reads values, class for prm.")
     head_outputs: int = _key(2, "Outputs of a class head: 1 (sigmoid) or 2 (softmax, class 1 is good).")
@@ -97,7 +99,9 @@ class Settings:
     good_weight: float = _key(1.0, "prm: weight of good steps' losses against bad ones'.")
 
     # Loss: None takes the preset's value
-    preset: str = _key("svpo", "Named settings: svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo or dvo.")
+    preset: str | None = _key(None, "Named settings: svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo or dvo; of "
+                              "policy ppo, grpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, spo, turn_ppo, treerpo, "
+                              "vineppo or pav. Default: svpo, and treerpo with objective policy.")
     beta: float | None = _key(None, "Strength of the preference against the reference.")
     preference: str | None = _key(None, "sigmoid, ipo or hinge.")
     preference_weight: float | None = _key(None, "Weight of the preference term.")
@@ -114,6 +118,27 @@ class Settings:
     sft_weight: float | None = _key(None, "Weight of the log-likelihood of the SFT steps.")
     sft_nodes: str | None = _key(None, "SFT steps: the chosen step of every pair (chosen), or every step with a value "
                                  "above 0 (good); default: chosen, and good where no term of the loss is over pairs.")
+    # Policy gradients: None takes the preset's value
+    policy_steps: str | None = _key(None, "policy: a step is a node of the tree (nodes), or the whole path to a leaf "
+                                    "(paths), as in GRPO.")
+    advantage: str | None = _key(None, "policy: advantage of a step, from values: group_mean, group_norm, rloo, gain "
+                                 "or gae.")
+    advantage_groups: str | None = _key(None, "policy: what group_mean, group_norm and rloo compare: siblings, depth "
+                                        "or tree.")
+    gamma: float | None = _key(None, "policy: discount of gae.")
+    lam: float | None = _key(None, "policy: decay of gae.")
+    ratio: str | None = _key(None, "policy: the ratio to the old policy, per token, per step (sum) or as a step's "
+                             "geometric mean (step_mean).")
+    kind: str | None = _key(None, "policy: ppo, cispo or sapo.")
+    clip: list[float] | None = _key(None, "policy: bounds of the ratio below and above 1, [lo, hi].")
+    dual_clip: float | None = _key(None, "policy: largest loss of a negative advantage, over its size (above 1).")
+    tau: list[float] | None = _key(None, "policy: temperatures of sapo's gate, for positive and other advantages.")
+    kl: str | None = _key(None, "policy: estimate of the KL to the reference, k1, k2 or k3.")
+    kl_weight: float | None = _key(None, "policy: weight of the KL; 0: no reference is run.")
+    entropy_weight: float | None = _key(None, "policy: weight of the entropy bonus.")
+    average: str | None = _key(None, "policy: token_mean (every token of a tree once), sequence_mean, sequence_sum or "
+                               "dr_grpo (means over paths).")
+    longest: int | None = _key(None, "policy: the constant length of dr_grpo; default: the longest path of the data.")
     reference: str | None = _key(None, "Reference log-probs: computed once and cached (cache), per batch (online), or "
                                  "none. Default: the preset's, else cache.")
     logp_reduction: str | None = _key(None, "A step's log-prob in the loss: the sum of its tokens', or their mean "

@@ -22,15 +22,17 @@ OP = "svpo train"
 
 
 class StreamedPack:
-    """A batch cut for a StepModel: its step log-probs, the values of its head and, with labels (S,), their losses."""
+    """A batch cut for a StepModel: log-probs (reduction and stats as in `StepModel.forward`), the values of its head,
+    and with labels (S,) their losses."""
 
-    def __init__(self, model: Any, batch: StepBatch, want_logps: bool, labels: Tensor | None) -> None:
-        self.model, self.labels, self.want_logps = model, labels, want_logps
+    def __init__(self, model: Any, batch: StepBatch, want_logps: bool, labels: Tensor | None, reduction: str = "sum",
+                 stats: tuple[str, ...] = ()) -> None:
+        self.model, self.labels, self.want_logps, self.reduction = model, labels, want_logps, reduction
         if not want_logps:
             none = torch.zeros(0, dtype=torch.int64)
             batch = StepBatch(batch, plan=StepPlan.from_predictions(none, none, none, 0).to(batch.input_ids.device))
         heads = {} if model.v_head is None else {"head": (self._head, batch.value_positions)}
-        self.stream = Stream(OP, model.lm, batch, heads, max_tokens=batch.streamed, backend=model.backend,
+        self.stream = Stream(OP, model.lm, batch, heads, stats=stats, max_tokens=batch.streamed, backend=model.backend,
                              logits_budget_mb=model.logits_budget_mb)
 
     def _head(self, rows: Tensor, places: Tensor) -> Tensor:
@@ -48,11 +50,11 @@ class StreamedPack:
         """What `StepModel.forward` returns."""
         columns = found.heads["head"].unbind(1) if found.heads else (None,)
         return {"step_logps": found.logps if self.want_logps else None, "values": columns[0],
-                "step_losses": columns[1] if len(columns) > 1 else None}
+                "step_losses": columns[1] if len(columns) > 1 else None, "entropy": found.stats.get("entropy")}
 
     def forward(self) -> dict[str, Tensor | None]:
         """Without gradients: the first pass alone."""
-        return self.named(self.stream.outputs("sum"))
+        return self.named(self.stream.outputs(self.reduction))
 
 
 class StreamingMixin:
@@ -82,9 +84,9 @@ class StreamingMixin:
         batch = pack["batch"]
         with self.accelerator.autocast():
             references = self._references_of(batch, self.wants_logps)
-            run = StreamedPack(model, batch, self.wants_logps, self.objective.labels(batch))
+            run = StreamedPack(model, batch, self.wants_logps, self.objective.labels(batch), **self.objective.asked)
             out = run.stream.backward(
                 lambda found: self.objective.loss(run.named(found), pack, references, counts, self._sums),
-                recompute=again, loss_scale=scale)
+                reduction=run.reduction, recompute=again, loss_scale=scale)
         add_counted()
         return out.loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class TrainData:
     trees: the step trees. pairs: per tree (P, 2) int64, (chosen, rejected) node indices. sft: per tree the indices of
     its SFT nodes. weights: per tree (P,) float32, the weight of each pair. paths: a step is scored as the whole path to
     its end (implicit rewards), and so are the references. alone_too: references of labelled steps are read without a
-    pair too (dvo). correct: per tree whether its solution is right, None: not known; empty: of none.
+    pair too (dvo). correct: per tree whether its solution is right, None: not known; empty: of none. rollouts: the
+    `policy.Rollouts` of objective policy, whose references are log-probs of tokens.
     """
 
     trees: list[StepTree]
@@ -28,6 +30,7 @@ class TrainData:
     paths: bool = False
     alone_too: bool = False
     correct: list[bool | None] = field(default_factory=list)
+    rollouts: Any = None
 
     def __post_init__(self) -> None:
         self.pairs = [np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in self.pairs]
@@ -38,6 +41,8 @@ class TrainData:
         if not self.weights:
             self.weights = pair_weights(self.trees, self.pairs, "pair")
         self._path_references: dict[tuple[int, int], float] = {}
+
+    per_token = False  # a reference is one number a step
 
     @property
     def num_pairs(self) -> int:
@@ -58,6 +63,10 @@ class TrainData:
             self._path_references[tree, node] = logp
         else:
             self.trees[tree].nodes[node].ref_logp = logp
+
+    def size(self, tree: int, node: int) -> int:
+        """Numbers of a reference."""
+        return 1
 
     def num_targets(self, values: str) -> int:
         """Steps whose value is trained under this rule ("pairs", "path" or "labelled"), once each."""
@@ -93,6 +102,8 @@ class TrainData:
             digest.update(tree.paths.ids.tobytes())
             for array in (pairs, np.asarray(sft, np.int64), np.asarray(weights, np.float32)):
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if self.rollouts is not None:
+            digest.update(self.rollouts.fingerprint.encode())
         return digest.hexdigest()
 
 

@@ -223,7 +223,8 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         """(the objective's loss, model outputs) of one pack; its metrics are added to sums."""
         pack, add_counted = self.prepared(pack, sums)
         batch = pack["batch"]
-        outputs = model(batch, want_logps=self.wants_logps, labels=self.objective.labels(batch))
+        outputs = model(batch, want_logps=self.wants_logps, labels=self.objective.labels(batch),
+                        **self.objective.asked)
         references = self._references_of(batch, outputs["step_logps"] is not None)
         out = self.objective.loss(outputs, pack, references, counts, sums)
         add_counted()
