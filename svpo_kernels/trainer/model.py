@@ -17,7 +17,7 @@ from svpo_kernels.linear_step_logps import linear_step_logps
 from svpo_kernels.models import decoder, head, is_peft, output_layer
 from svpo_kernels.trees.packing import StepBatch
 
-from . import head_files, start
+from . import attention, head_files, start
 from .heads import TokenHead, ValueHead, make_head
 from .streaming import StreamedPack
 
@@ -203,6 +203,7 @@ def build_model(config: Any, lm: nn.Module | None = None, tokenizer: Any = None,
         lm = add_adapters(config, lm)
     if config.disable_dropout:
         disable_dropout(lm)
+    say(attention.settle(config, lm))
     size = lm.config.get_text_config().hidden_size
     model = StepModel(lm, make_head(config, size, head_dtype(lm), tokenizer) or False, backend=config.backend,
                       logits_budget_mb=config.logits_budget_mb)

@@ -23,7 +23,7 @@ from svpo_kernels.data.formats import FORMATS, Format, tables
 from svpo_kernels.data.load import read_trees
 from svpo_kernels.trees.tree import StepTree
 
-from . import packages, policy, reference, report, start
+from . import attention, packages, policy, reference, report, start
 from .config import ConfigError, SVPOConfig
 from .head_files import FOLDER
 from .model import StepModel, build_model
@@ -166,7 +166,9 @@ def reference_model(config: SVPOConfig, model: StepModel) -> StepModel | None:
     path = config.ref_model_name_or_path or (config.model_name_or_path if online else None)
     if path is None or config.reference == "none":
         return None
-    return StepModel(start.load_lm(config, path), value_head=False, backend=config.backend,
+    lm = start.load_lm(config, path)
+    attention.settle(config, lm)
+    return StepModel(lm, value_head=False, backend=config.backend,
                      logits_budget_mb=config.logits_budget_mb)
 
 

@@ -32,8 +32,9 @@ class Settings:
     ref_model_name_or_path: str | None = _key(None, "The reference model; default: the starting model itself.")
     tokenizer_name_or_path: str | None = _key(None, "The tokenizer, where it is not beside the model.")
     dtype: str = _key("float32", "Dtype the weights are loaded in: auto, float32, bfloat16, float16, float64.")
-    attn_implementation: str | None = _key(None, "sdpa, eager, flex_attention (CUDA) or svpo_tree (packs "
-                                            "without T x T); default: the model's own.")
+    attn_implementation: str | None = _key("auto", "svpo_tree (packs without T x T), sdpa, eager, flex_attention "
+                                           "(CUDA) or flash_attention_2 (no trees); auto: svpo_tree where exact and "
+                                           "faster, else the model's own; null: the model's own.")
     trust_remote_code: bool = _key(False, "Let the model's repository run its own code. Off unless asked.")
     disable_dropout: bool = _key(True, "Set every dropout to 0, LoRA's included; packing is exact only then.")
     peft: str = _key("none", "none, or lora: train low-rank adapters and keep the model frozen.")

@@ -14,9 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from svpo_kernels.trees.layers import TREE, use_tree_attention
-
-from . import packages
+from . import attention, packages
 from .config import ConfigError
 from .train_data import TrainData
 
@@ -46,13 +44,11 @@ def model_config(config: Any, path: str) -> Any:
 
 
 def load_plain(config: Any, path: str) -> nn.Module:
-    """A causal LM as the configuration asks for it, from a directory or the hub."""
+    """A causal LM as the configuration asks for it, from a directory or the hub; `attention.settle` comes after."""
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    tree = config.attn_implementation == TREE
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=None if tree else config.attn_implementation, token=config.hub_token,
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention.to_load(config), token=config.hub_token,
         trust_remote_code=config.trust_remote_code)
-    return use_tree_attention(model) if tree else model
 
 
 def load_lm(config: Any, path: str, train: bool = False) -> nn.Module:

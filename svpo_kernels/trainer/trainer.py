@@ -242,8 +242,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         """Training FLOPs of a pack and of the naive run of its pairs, counted from shapes, once a pack."""
         if "flops" not in pack:
             config = self.accelerator.unwrap_model(self.model).config
-            exact = getattr(config, "_attn_implementation", None) in ("flex_attention", "svpo_tree")
-            count = flops.count_flops(config, pack["batch"], "exact" if exact else "dense")
+            count = flops.count_flops(config, pack["batch"], flops.attention_kind(config))
             run = {"tree": count.packed, "distinct": count.distinct, "pairs": count.pairwise}
             if pack["packing"] == "stream":
                 run["stream"] = flops.stream_flops(config, pack["batch"], self.args.gradient_checkpointing)

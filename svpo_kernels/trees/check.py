@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,9 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
 
     First what config and modules tell (see `unpackable`; also dropout and router noise in training mode), then the
     hidden states of the path that most would go wrong for (long, with many other rows in between), packed and alone.
-    The difference is judged against that of two separate runs of the path, alone and padded to the pack's length. A
-    distinct batch has nothing to check.
+    The difference is judged against that of two separate runs of the path, alone and padded to the pack's length, and
+    against what one more rounding of the embeddings comes to: another kernel rounds elsewhere. A padded batch has
+    nothing to check.
 
     Raises PackingError (a ValueError and RuntimeError) with the figures and the layer type.
     """
@@ -46,22 +48,26 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
     inputs = _runs(batch, model, path)
 
     def layers(every: bool = True) -> list[Runs]:
-        runs = (hidden_states(model, each, every) for each in inputs)
+        runs = [hidden_states(model, each, every) for each in inputs]
+        with _rounded_once_more(model, _run_dtype(runs[1][-1])):
+            runs.append(hidden_states(model, inputs[1], every))
         return [Runs(*(hidden[0] for hidden in layer)).on(path) for layer in zip(*runs, strict=True)]
 
     return judged("check_packing", "packed", model, batch, path, layers(every=False)[-1], layers)
 
 
 class Runs(NamedTuple):
-    """Hidden states of a path's tokens: of the run in question, alone, and alone but padded: its noise."""
+    """Hidden states of a path's tokens: of the run in question, alone, and its noise: alone but padded, alone from
+    embeddings that are rounded once more."""
 
     ours: Tensor
     alone: Tensor
     padded: Tensor
+    rounded: Tensor | None = None
 
     def on(self, path: Tensor) -> Runs:
         """From whole runs (T, D), (L, D), (more than L, D) to the path's tokens, (L, D) each."""
-        return Runs(self.ours[path], self.alone, self.padded[: len(path)])
+        return self._replace(ours=self.ours[path], padded=self.padded[: len(path)])
 
 
 def judged(op: str, how: str, model: nn.Module, batch: Any, path: Tensor, runs: Runs,
@@ -106,6 +112,20 @@ def separate_runs(batch: Any, path: Tensor, length: int) -> tuple[dict[str, Any]
             {"input_ids": padded, "position_ids": positions.clamp_max(L - 1), "attention_mask": (positions < L).long()})
 
 
+@contextlib.contextmanager
+def _rounded_once_more(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model's embeddings off by half a unit of a dtype, up or down: what one rounding comes to in the end."""
+    def off(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        up = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device) < 0.5
+        return out * torch.where(up, 1 + torch.finfo(dtype).eps / 2, 1 - torch.finfo(dtype).eps / 2).to(out.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(off)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def hidden_states(model: nn.Module, inputs: dict[str, Any], every: bool = False) -> tuple[Tensor, ...]:
     output = decoder(model)(**inputs, use_cache=False, output_hidden_states=every, return_dict=True)
     if every:
@@ -134,7 +154,8 @@ def _judge(model: nn.Module, runs: Runs, least: float) -> tuple[float, float]:
         each = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
         return float(torch.quantile(each, q)) if bool(each.isfinite().all()) else float("nan")
 
-    return difference(runs.ours), NOISE_FACTOR * difference(runs.padded) + floor
+    rounding = 0.0 if runs.rounded is None else difference(runs.rounded)
+    return difference(runs.ours), max(NOISE_FACTOR * difference(runs.padded), rounding) + floor
 
 
 def _where(model: nn.Module, layers: Iterable[Runs], least: float) -> str:

@@ -19,12 +19,14 @@ import torch
 from .._checks import fail, require_choice
 from ..linear_step_logps.cost import call_cost
 from .cuts import MaxTokens, Price, Sizes, cut
+from .layers import TREE
 from .packing import Part, StepBatch
 from .request import Request, longest_pair
 from .tree import StepTree
 
 PACK = 4.0  # tokens that a pack of its own must save: little trees stay together where a wider mask costs less
 SAMPLE = 512  # pairs that choose_max_tokens looks at
+EXACT = ("flex_attention", TREE)  # implementations that never build (T, T)
 STEP, PATIENCE = 1.1, 8  # it tries sizes 10 % apart and stops after eight without a gain (2.1 x the best)
 
 
@@ -116,6 +118,11 @@ def _attention(config: Any) -> tuple[tuple[int | None, int], ...]:
     return tuple(count.items())
 
 
+def attention_kind(config: Any) -> str:
+    """What a model's attention pays for packs: "exact", visible pairs, or "dense", T * T. Taken from its config."""
+    return "exact" if getattr(config, "_attn_implementation", None) in EXACT else "dense"
+
+
 def count_flops(config: Any, batches: StepBatch | Iterable[StepBatch], attention: str = "dense") -> FlopCount:
     """Training FLOPs of these batches and of the runs they replace. attention: "dense" or "exact", on all sides.
 
@@ -163,10 +170,11 @@ def _sequences(cost: ModelCost, lengths: Sequence[int], rows: int, attention: st
 def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_config: Any) -> MaxTokens:
     """The max_tokens for `pack_trees` that minimises counted training FLOPs of this model: `max_tokens: auto`.
 
-    A larger pack repeats less and, under a dense mask, attends to more that it cannot see; with flex_attention in the
-    config nothing is attended in vain. A pack counts as 4 tokens more than it has. Sizes are tried from the largest
-    pair's up; of many pairs the first 512 are looked at. Memory is not considered. The int that is returned also
-    tells `pack_trees` what attention costs this model; a plain one of the same size is cut for an unknown model.
+    A larger pack repeats less and, under a dense mask, attends to more that it cannot see; with flex_attention or
+    svpo_tree in the config nothing is attended in vain. A pack counts as 4 tokens more than it has. Sizes are tried
+    from the largest pair's up; of many pairs the first 512 are looked at. Memory is not considered. The int that is
+    returned also tells `pack_trees` what attention costs this model; a plain one of the same size is cut for an
+    unknown model.
 
     Raises what pack_trees raises for bad trees and pairs, and ValueError when there is no pair.
     """
@@ -174,7 +182,7 @@ def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_con
     if not len(request):
         fail("choose_max_tokens", "pairs", "at least one pair", "none")
     cost = model_cost(model_config)
-    attention = "exact" if getattr(model_config, "_attn_implementation", None) == "flex_attention" else "dense"
+    attention = attention_kind(model_config)
     part = Part(request, request.order[:SAMPLE])
     trie, items = part.trie, part.items
     sizes = Sizes(trie, items)
