@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import svpo_kernels as sk
 from svpo_kernels import StepNode, tree_from_text
+from svpo_kernels.trees import joint, text
 
 STYLES = ["qwen-chat", "qwen-raw", "gpt2", "sp-bpe", "sp-unigram"]
 SEPARATORS = ["", " ", "\n", "\n\n"]
@@ -197,3 +198,54 @@ def test_bad_prompts_and_tokenizers():
     with pytest.raises(ValueError, match="turn_end must be 'none' or a text for a tokenizer without an EOS token"):
         tree_from_text(mute, "a", [node])
     assert len(tree_from_text(mute, "a", [node], turn_end="none")) == 1
+
+
+def chain_nodes(rng, count, long=(3, 12)):
+    """A chain with a sibling here and there, of pieces that merge across borders."""
+    nodes, last = [], -1
+    for _ in range(count):
+        for _ in range(rng.choice([1, 1, 2])):
+            nodes.append(StepNode(last, text="".join(rng.choices(PIECES, k=rng.randint(*long))) + "a",
+                                  q_value=round(rng.uniform(-1, 1), 2)))
+        last = len(nodes) - 1
+    return nodes
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("separator", ["", "\n\n"])
+def test_texts_that_go_on_from_one_another_are_those_tokenised_whole(style, separator, monkeypatch):
+    tokenizer = tokenizer_of(style, corpus())
+    grown = []
+    monkeypatch.setattr(joint, "LEAST", 0)
+    grow = joint.grow
+    monkeypatch.setattr(joint, "grow", lambda *given: grown.append(grow(*given)) or grown[-1])
+    for seed in range(6):
+        rng = random.Random(seed)
+        nodes = chain_nodes(rng, 40)
+        nodes[-1].terminal = style == "qwen-chat"
+        prompt = "".join(rng.choices(PIECES, k=20)) + "q"
+        ours = tree_from_text(tokenizer, prompt, nodes, step_separator=separator)
+        with monkeypatch.context() as patch:
+            patch.setattr(joint, "pays", lambda *given: False)
+            whole = tree_from_text(tokenizer, prompt, nodes, step_separator=separator)
+        for i in range(len(nodes)):
+            assert ours.path(i) == whole.path(i), (seed, i)
+        assert ours.start == whole.start and ours.prompt_ids == whole.prompt_ids
+        assert [ours.value_end(i) for i in range(len(nodes))] == [whole.value_end(i) for i in range(len(nodes))]
+    assert len(grown) == 6
+    if style in ("qwen-chat", "qwen-raw", "gpt2"):
+        assert None not in grown
+
+
+def test_a_long_chain_is_tokenised_once(monkeypatch):
+    rng = random.Random(0)
+    tokenizer = tokenizer_of("qwen-chat", corpus())
+    nodes = chain_nodes(rng, 300, (20, 30))
+    seen = []
+    tokenized = text._tokenized
+    monkeypatch.setattr(text, "_tokenized", lambda tokenizer, texts, *given: seen.append(
+        sum(map(len, texts))) or tokenized(tokenizer, texts, *given))
+    tree = tree_from_text(tokenizer, "q", nodes)
+    assert len(seen) == 1 and seen[0] < 8 * sum(len(node.text) + 2 for node in nodes)
+    assert tree.path(len(nodes) - 1) == ids_of(
+        tokenizer, text_of(tokenizer, "q", nodes, len(nodes) - 1, "\n\n", ""), False)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svpo_kernels.trees.pair_counts import PairCounts, count_pairs
+from svpo_kernels.trees.pair_counts import pairs_of_all
 from svpo_kernels.trees.paths import Paths
 from svpo_kernels.trees.tree import StepNode, StepTree
 
@@ -55,15 +55,7 @@ class Encoded:
     def counted_pairs(self, rule: str, min_gap: float, max_pairs: int | None, *, dedup: bool,
                       same_kind: bool) -> tuple[list[Tensor], list[str]]:
         """One (P, 2) per tree, and what the rule dropped, in lines."""
-        pairs, chosen, given = [], PairCounts(), PairCounts()
-        for tree, own in zip(self.trees, self.given, strict=True):
-            used, counts = count_pairs(tree, rule, min_gap, max_pairs, dedup=dedup, same_kind=same_kind, given=own)
-            pairs.append(used)
-            if own is None:
-                chosen += counts
-            else:
-                given += counts
-        return pairs, [*chosen.lines(dedup=dedup, same_kind=same_kind), *given.lines(given=True)]
+        return pairs_of_all(self.trees, self.given, rule, min_gap, max_pairs, dedup=dedup, same_kind=same_kind)
 
 
 def fingerprint(path: str, tokenizer: Any, options: Mapping[str, Any]) -> str | None:

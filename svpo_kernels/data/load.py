@@ -22,7 +22,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from svpo_kernels.trees.pair_counts import PairCounts, count_pairs
+from svpo_kernels.trees.pair_counts import pairs_of_all
 from svpo_kernels.trees.template import Template
 from svpo_kernels.trees.text import TextOptions, build
 from svpo_kernels.trees.tree import StepNode, StepTree
@@ -89,17 +89,8 @@ class EncodedData:
         same_kind: bool = True,
     ) -> tuple[list[Tensor], list[str]]:
         """`pairs`, and what the rule dropped, in lines to be said before training (`trees/pair_counts.py`)."""
-        pairs, chosen, given = [], PairCounts(), PairCounts()
-        for example in self.examples:
-            own = example.pairs
-            used, counts = count_pairs(example.tree, rule, min_gap, max_pairs, dedup=dedup, same_kind=same_kind,
-                                       given=own)
-            pairs.append(used)
-            if own is None:
-                chosen += counts
-            else:
-                given += counts
-        return pairs, [*chosen.lines(dedup=dedup, same_kind=same_kind), *given.lines(given=True)]
+        return pairs_of_all(self.trees, [example.pairs for example in self.examples], rule, min_gap, max_pairs,
+                            dedup=dedup, same_kind=same_kind)
 
 
 def load(

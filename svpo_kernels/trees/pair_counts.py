@@ -96,6 +96,20 @@ def count_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, 
                             beyond_max=len(kept) - len(used))
 
 
+def pairs_of_all(trees: Iterable[StepTree], given: Iterable[Tensor | None], rule: str, min_gap: float,
+                 max_pairs: int | None, *, dedup: bool, same_kind: bool) -> tuple[list[Tensor], list[str]]:
+    """`count_pairs` of every tree: one (P, 2) each, and what the rule dropped, in lines to be said."""
+    pairs, chosen, held = [], PairCounts(), PairCounts()
+    for tree, own in zip(trees, given, strict=True):
+        used, counts = count_pairs(tree, rule, min_gap, max_pairs, dedup=dedup, same_kind=same_kind, given=own)
+        pairs.append(used)
+        if own is None:
+            chosen += counts
+        else:
+            held += counts
+    return pairs, [*chosen.lines(dedup=dedup, same_kind=same_kind), *held.lines(given=True)]
+
+
 def _count_all(tree: StepTree, min_gap: float, dedup: bool, same_kind: bool) -> tuple[PairCounts, int] | None:
     """The counts of the rule "all", and how many pairs it keeps, from the siblings' values without making the pairs;
     None where equal pairs have to be met to be counted once: under parents of equal text, or of both kinds."""

@@ -89,3 +89,11 @@ class Paths:
             i = self.parent[i]
         parts.append(self.prompt[:left])
         return np.concatenate(parts[::-1])
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first tokens two runs share."""
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    first = int(differ.argmax()) if n else 0
+    return first if n and differ[first] else n

@@ -13,8 +13,9 @@ import numpy as np
 
 from .._checks import fail, require_choice
 from ..plan import as_index
+from .paths import common
 from .tree import StepTree, as_pairs
-from .trie import Trie, common
+from .trie import Trie
 
 Branch = tuple[int, list[Any] | None]
 VALUES = ("pairs", "path", "labelled", "all")

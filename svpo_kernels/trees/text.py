@@ -11,8 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .._checks import fail
-from .template import MARKUP, REASONING, Template, Turn, common_prefix, turn_end, without_end
+from . import joint
+from .paths import Paths, common
+from .template import MARKUP, REASONING, Template, Turn, turn_end, without_end
 from .tree import StepNode, StepTree
 
 OP = "tree_from_text"
@@ -105,7 +109,7 @@ def build(template: Template, prompt: str | Sequence[Mapping[str, Any]], nodes: 
                 kept = text.lstrip(begun.left) if begun.left != "" else text
                 own_length, text = own_length - (len(text) - len(kept)), kept
             texts[i], owns[i] = before + text, len(before) + own_length
-    return _tree(template.tokenizer, prompt, nodes, texts, owns, turn.special), said
+    return _tree(template.tokenizer, prompt, nodes, texts, owns, turn.special, shape), said
 
 
 def find_turn(template: Template, prompt: str | Sequence[Mapping[str, Any]],
@@ -214,18 +218,44 @@ def _contexts(whole: str, content: str, turn: Turn) -> set[str | None]:
 
 
 def _tree(tokenizer: Any, prompt: Any, nodes: list[StepNode], texts: list[str], owns: list[int],
-          special: bool) -> StepTree:
-    paths, value_ends = _tokenize(tokenizer, texts, owns, special)
+          special: bool, shape: StepTree) -> StepTree:
+    paths, value_ends = _grown(tokenizer, texts, owns, special, shape) or _tokenize(tokenizer, texts, owns, special)
     starts = _starts(nodes, paths)
-    made = []
+    made, own = [], [paths[-1]]
     for i, node in enumerate(nodes):
         start = starts[node.parent]
         if start == 0:
             fail(OP, "prompt", "text of which every first step keeps the first token", f"{texts[-1]!r}")
         if start >= len(paths[i]):
             fail(OP, f"nodes[{i}].text", "text that adds a token to its parent's path", node.text)
-        made.append(replace(node, path_ids=paths[i], start=start, value_end=max(start + 1, value_ends[i])))
-    return StepTree(paths[-1], made)
+        made.append(replace(node, value_end=max(start + 1, value_ends[i])))
+        own.append(paths[i][start:])
+    if not len(paths[-1]):
+        fail(OP, "prompt", "text of at least one token", f"{texts[-1]!r}")
+    parents = [node.parent for node in nodes]
+    return StepTree.from_paths(Paths(np.concatenate(own), np.cumsum([0, *map(len, own)]), parents,
+                                     [starts[parent] for parent in parents], list(map(len, paths[:-1]))), made)
+
+
+def _grown(tokenizer: Any, texts: list[str], owns: list[int], special: bool,
+           shape: StepTree) -> tuple[list[np.ndarray], list[int]] | None:
+    """What `_tokenize` gives, made step by step where that pays; None where it does not, or cannot be had so."""
+    n = len(shape)
+    parents = [node.parent for node in shape.nodes]
+    pieces = sum(len(texts[i]) - (len(texts[parent]) if parent >= 0 else 0) for i, parent in enumerate(parents))
+    if not n or not joint.pays(tokenizer, texts, pieces):
+        return None
+    ends = joint.compared(texts, [i for i in range(n) if not shape.children[i]], joint.PAYS * pieces)
+    whole = [*shape.roots, *(i for i in ends if parents[i] != -1), n]
+    paths, value_ends, places = _tokenized(tokenizer, [texts[i] for i in whole], [owns[i] for i in whole[:-1]],
+                                           special)
+    known = {i: joint.Tokens(paths[at], value_ends[at], [
+        (k, first) for k, (first, stop) in enumerate(places[at]) if stop > first][-joint.TAIL:])
+        for at, i in enumerate(shape.roots)}
+    found = joint.grow(tokenizer, texts, owns, parents, shape.order, known)
+    if found is None or any(not np.array_equal(found[i].ids, path) for i, path in zip(whole[:-1], paths, strict=False)):
+        return None
+    return [*(found[i].ids for i in range(n)), paths[-1]], [found[i].own for i in range(n)]
 
 
 def _as_node(i: int, node: Any) -> StepNode:
@@ -253,13 +283,19 @@ def _from_fields(i: int, node: Mapping[str, Any]) -> StepNode:
 
 
 def _tokenize(tokenizer: Any, texts: list[str], owns: Sequence[int],
-              special: bool) -> tuple[list[list[int]], list[int]]:
+              special: bool) -> tuple[list[np.ndarray], list[int]]:
     """One joint tokenisation per text; special tokens in front stay, those that go behind a text (an EOS) are cut.
     And for each text but the last the number of tokens up to the character that its own part ends before."""
+    return _tokenized(tokenizer, texts, owns, special)[:2]
+
+
+def _tokenized(tokenizer: Any, texts: list[str], owns: Sequence[int],
+               special: bool) -> tuple[list[np.ndarray], list[int], list[Any]]:
+    """`_tokenize`, and the places of the tokens in each text where the tokenizer tells them."""
     offsets = bool(getattr(tokenizer, "is_fast", False))
     found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False,
                       return_offsets_mapping=offsets)
-    paths = [list(path) for path in found["input_ids"]]
+    paths = [np.array(path, dtype=np.int32) for path in found["input_ids"]]
     if special:
         probe = tokenizer(max(texts, key=len), return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
         behind = probe[::-1].index(0) if 0 in probe else 0
@@ -267,19 +303,19 @@ def _tokenize(tokenizer: Any, texts: list[str], owns: Sequence[int],
     if not offsets:  # a slow tokenizer: what the text up to there becomes, as far as the path keeps it
         cut = tokenizer([text[:own] for text, own in zip(texts, owns, strict=False)], add_special_tokens=special,
                         return_attention_mask=False, verbose=False)["input_ids"]
-        return paths, [common_prefix(path, part, len(path)) for path, part in zip(paths, cut, strict=False)]
+        return paths, [common(path, np.array(part, np.int32)) for path, part in zip(paths, cut, strict=False)], []
     ends = []
     for path, places, own in zip(paths, found["offset_mapping"], owns, strict=False):
         # The last token that begins before the end of the step's own text.
         ends.append(next((k + 1 for k in range(len(path) - 1, -1, -1) if places[k][0] < own and places[k][1] > 0),
                          len(path)))
-    return paths, ends
+    return paths, ends, [places[:len(path)] for path, places in zip(paths, found["offset_mapping"], strict=True)]
 
 
-def _starts(nodes: Sequence[StepNode], paths: Sequence[list[int]]) -> dict[int, int]:
+def _starts(nodes: Sequence[StepNode], paths: Sequence[np.ndarray]) -> dict[int, int]:
     """For every parent, the number of its tokens that all of its children keep."""
     starts: dict[int, int] = {}
     for node, path in zip(nodes, paths, strict=False):  # the prompt's path, the last, is nobody's child
         parent = node.parent
-        starts[parent] = common_prefix(paths[parent], path, starts.get(parent, len(paths[parent])))
+        starts[parent] = min(starts.get(parent, len(paths[parent])), common(paths[parent], path))
     return starts

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .paths import common
 from .tree import StepTree
 
 MASK = 2**64 - 1
@@ -160,11 +161,3 @@ class Trie:
             before = names[above] if above >= 0 else 0
             names.append((before * int(powers[self.length[run] - 1]) + sums[run]) & MASK)
         return names
-
-
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens two runs share."""
-    n = min(len(a), len(b))
-    differ = a[:n] != b[:n]
-    first = int(differ.argmax()) if n else 0
-    return first if n and differ[first] else n
