@@ -69,19 +69,29 @@ def cell(text: str) -> str:
 
 
 def models() -> str:
+    import streams
     import tiny_models
 
+    streamed = streams.ATTENTION | streams.HYBRIDS | streams.MORE_HYBRIDS
     lines = ["# Models", "", MADE, "",
              "Every row is a test (`tests/test_models.py`): a small random model of the architecture, packed, against "
-             "a separate run of every path; or the refusal, with what it names. A model that is not listed is asked "
-             "itself before training (`sk.check_packing`).", "",
-             "| architecture | layers | packed trees |", "| --- | --- | --- |"]
+             "a separate run of every path; or the refusal, with what it names. Streamed (`sk.stream_backward`, "
+             "`packing: stream`): `tests/test_stream.py`, equal to separate runs to 1e-9 in fp64. A model that is not "
+             "listed is asked itself before training (`sk.check_packing`).", "",
+             "| architecture | layers | packed trees | streamed |", "| --- | --- | --- | --- |"]
     for name, config in tiny_models.configs().items():
         layers = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
-        lines.append(f"| {type(config).__name__.removesuffix('Config')} ({name}) | {', '.join(layers)} | exact |")
+        lines.append(f"| {type(config).__name__.removesuffix('Config')} ({name}) | {', '.join(layers)} | exact | "
+                     f"{'exact' if name in streamed else 'not tested'} |")
     for name, (config, why) in tiny_models.refused().items():
         lines.append(f"| {type(config).__name__.removesuffix('Config')} ({name}) | "
-                     f"{cell(why.replace('|', ' or '))} | refused by name |")
+                     f"{cell(why.replace('|', ' or '))} | refused by name | "
+                     f"{'exact' if name in streamed else 'refused by name'} |")
+    for name, config in (streams.HYBRIDS | streams.MORE_HYBRIDS).items():
+        if name not in tiny_models.refused():
+            layers = sorted(set(getattr(config, "layer_types", None) or ["linear_attention"]))
+            lines.append(f"| {type(config).__name__.removesuffix('Config')} ({name}) | {', '.join(layers)} | "
+                         "refused by name | exact |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,8 @@ from .trees.flops import choose_max_tokens, count_flops
 from .trees.layers import use_tree_attention
 from .trees.masks import tree_attention_mask
 from .trees.packing import StepBatch, distinct_batch, pack_trees
-from .trees.stream import StreamOutputs, stream_backward
+from .trees.passes import StreamOutputs
+from .trees.stream import stream_backward
 from .trees.text import tree_from_text
 from .trees.tree import StepNode, StepTree, select_pairs
 

@@ -8,18 +8,24 @@ import pytest
 import tiny_models
 import tiny_trees
 import torch
+import transformers as hf
 from doubles import all_in_double
-from streams import ATTENTION, HYBRIDS, build, difference, pack, separate, taken_gradients
+from streams import ATTENTION, HYBRIDS, MORE_HYBRIDS, build, difference, pack, separate, taken_gradients
 from tiny_models import one_thread  # noqa: F401
 
 import svpo_kernels as sk
+from svpo_kernels.trees import stream_check
+from svpo_kernels.trees.attention import unpackable
+from svpo_kernels.trees.stream_check import TESTED
 
 WAYS = ({}, {"max_tokens": 9}, {"max_tokens": 64, "recompute": True})
 
+THOROUGHLY = ("llama", "gemma3", "qwen3.5", "lfm2")  # two trees, every way
 
-@pytest.mark.parametrize("name", ATTENTION | HYBRIDS)
+
+@pytest.mark.parametrize("name", ATTENTION | HYBRIDS | MORE_HYBRIDS)
 def test_equal_to_separate_runs(name):
-    trees, batch = pack()
+    trees, batch = pack() if name in THOROUGHLY else pack(((2, 2),))
     model = build(name)
     torch.manual_seed(1)
     head = torch.nn.Linear(32, 2).double()
@@ -38,7 +44,7 @@ def test_equal_to_separate_runs(name):
             return loss(out.logps, out.heads["value"])
 
         heads = {"value": (head, batch.value_positions)}
-        for calls, options in enumerate(WAYS, start=1):
+        for calls, options in enumerate(WAYS if name in THOROUGHLY else WAYS[2:], start=1):
             found = sk.stream_backward(model, batch, streamed, heads=heads, **options)
             assert len(seen) == calls
             out = seen[-1]
@@ -246,6 +252,8 @@ def bad_models():
     yield noisy, "cannot be streamed: .*neftune_noise_alpha = 5.0"
     for name, what in (("router-loss", "router loss"), ("longrope", "longrope"), ("dynamic-ntk", "dynamic")):
         yield tiny_models.build(tiny_models.refused()[name][0]), what
+    rwkv = hf.RwkvConfig(vocab_size=tiny_models.VOCAB, hidden_size=32, num_hidden_layers=2)
+    yield tiny_models.build(rwkv, "eager"), "layer 0 leaves nothing in the cache it is given"
     indexed, unknown = build("llama"), build("llama")
     for model in (indexed, unknown):
         model.config = model.model.config = copy.deepcopy(model.config)
@@ -253,6 +261,29 @@ def bad_models():
     yield indexed, "layer 0, of type 'indexed_attention', keeps a DynamicIndexedLayer"
     unknown.config.layer_types = ["full_attention", "full_attention", "astrology"]
     yield unknown, "no cache is known for layers of type 'astrology'"
+
+
+def test_hybrids_that_are_tested_are_those_that_are_not_checked():
+    every = HYBRIDS | MORE_HYBRIDS
+    assert sorted(TESTED) == sorted(config.get_text_config().model_type for config in every.values())
+    assert all(unpackable(build(name)) for name in every)  # and no pack serves them
+
+
+def test_a_state_that_is_not_read_is_found_at_the_first_call(monkeypatch):
+    """transformers' Mamba takes a cache and leaves the state in it unread; a model that passes is asked only once."""
+    _, batch = pack()
+    mamba = tiny_models.build(hf.MambaConfig(**tiny_models.SMALL, state_size=8), "eager")
+    with pytest.raises(sk.PackingError, match="stream_backward: MambaForCausalLM gives other hidden states streamed"):
+        sk.stream_backward(mamba, batch, lambda out: out.logps.sum())
+    monkeypatch.setattr(stream_check, "TESTED", ())
+    model, calls = build("lfm2"), []
+    model.get_input_embeddings().register_forward_hook(lambda module, given, out: calls.append(given[0].numel()))
+    counted = []
+    for _ in range(2):
+        calls.clear()
+        sk.stream_backward(model, batch, lambda out: out.logps.sum())
+        counted.append(sum(calls))
+    assert counted[0] > counted[1]
 
 
 def test_models_that_cannot_be_streamed_are_refused_by_name():

@@ -14,7 +14,7 @@ from svpo_kernels.models import head
 from svpo_kernels.plan import StepPlan
 from svpo_kernels.trees import processes
 from svpo_kernels.trees.packing import StepBatch
-from svpo_kernels.trees.stream import Stream, StreamOutputs
+from svpo_kernels.trees.passes import Stream, StreamOutputs
 
 from .heads import TokenHead
 

@@ -151,7 +151,7 @@ def rope_reason(config: Any, shortest: int, longest: int) -> str | None:
     for layer, table in tables.items():
         kind = table.get("rope_type", table.get("type", "default"))
         limit = table.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
-        limit = limit or config.max_position_embeddings
+        limit = limit or getattr(config, "max_position_embeddings", 0)
         unequal = shortest <= limit if kind == "longrope" else kind == "dynamic" and shortest < longest
         if longest > limit and unequal:
             return (f"the RoPE of {layer} layer is of type {kind!r}: above {limit} positions it depends on the length "

@@ -46,7 +46,7 @@ def _classes() -> dict[type, type | None]:
     """transformers' layer class -> ours; None: theirs assigns already."""
     from transformers import cache_utils as theirs
 
-    plain = (theirs.DynamicLayer, theirs.DynamicSlidingWindowLayer)
+    plain = (theirs.DynamicLayer, theirs.DynamicSlidingWindowLayer, theirs.DummyLayer)
     states = (theirs.LinearAttentionLayer, theirs.LinearAttentionAndFullAttentionLayer,
               theirs.LinearAttentionAndSlidingWindowAttentionLayer)
     updates = {"update_conv_state": _assign_conv_state, "update_recurrent_state": _assign_recurrent_state}
@@ -77,9 +77,19 @@ def holds_state(made: Any) -> bool:
     return any(hasattr(layer, "conv_states") for layer in made.layers)
 
 
+def unwritten(made: Any) -> int | None:
+    """The first layer without a tensor after a run, but for layers that keep none by design; None: there is none."""
+    from transformers.cache_utils import DummyLayer
+
+    for index, layer in enumerate(made.layers):
+        if not isinstance(layer, DummyLayer) and not any(True for _ in _slots([layer])):
+            return index
+    return None
+
+
 def states(made: Any) -> list[Tensor]:
     """The tensors of a cache, in an order of their own that `fork` keeps."""
-    return [tensor for _, _, tensor in _slots(made)]
+    return [tensor for _, _, tensor in _slots(made.layers)]
 
 
 def fork(made: Any, copies: int, leaves: bool) -> tuple[Any, list[Tensor]]:
@@ -90,7 +100,7 @@ def fork(made: Any, copies: int, leaves: bool) -> tuple[Any, list[Tensor]]:
     new = copy.copy(made)
     new.layers = [_copied(layer) for layer in made.layers]
     taken = []
-    for owner, key, tensor in list(_slots(new)):
+    for owner, key, tensor in list(_slots(new.layers)):
         leaf = tensor.detach()
         taken.append(leaf.requires_grad_() if leaves else leaf)
         owner[key] = taken[-1].expand(copies, *tensor.shape[1:]) if copies > 1 else taken[-1]
@@ -105,9 +115,9 @@ def _copied(layer: Any) -> Any:
     return new
 
 
-def _slots(made: Any) -> Iterator[tuple[dict, Any, Tensor]]:
-    """(dict that holds it, its key, tensor) of every tensor of a cache."""
-    for layer in made.layers:
+def _slots(layers: list[Any]) -> Iterator[tuple[dict, Any, Tensor]]:
+    """(dict that holds it, its key, tensor) of every tensor of a cache's layers."""
+    for layer in layers:
         own = vars(layer)
         for name in TENSORS:
             if isinstance(own.get(name), Tensor) and own[name].dim() == 4:

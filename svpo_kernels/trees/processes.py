@@ -39,8 +39,9 @@ def _sharded(parameter: Tensor) -> str | None:
     status = getattr(parameter, "ds_status", None)  # DeepSpeed's ZeRO-3
     if status is not None and status.name != "AVAILABLE":
         return f"partitioned by ZeRO-3 ({status.name})"
-    if any(placement.is_shard() for placement in getattr(parameter, "placements", ())):
-        return f"a DTensor with placements {tuple(parameter.placements)}"
+    placements = tuple(getattr(parameter, "placements", ()))
+    if any(placement.is_shard() for placement in placements):
+        return f"a DTensor with placements {placements}"
     return None
 
 
@@ -106,7 +107,8 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
     for grad in grads:
         alike.setdefault((grad.dtype, grad.device), []).append(grad)
     for own in alike.values():
-        bucket, size = [], 0
+        bucket: list[Tensor] = []
+        size = 0
         for grad in own:
             if bucket and size + grad.nbytes > BUCKET:
                 yield bucket
