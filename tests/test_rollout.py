@@ -87,15 +87,16 @@ def test_top_p_draws_from_the_smallest_set(model, tokenizer):
     assert all(torch.allclose(logp, logits.gather(1, token[:, None])[:, 0], atol=1e-6) for token, logp in drawn)
 
 
-def test_values_come_from_the_last_token_of_a_prefix(model, tokenizer):
+def test_values_come_from_the_last_token_that_is_text(model, tokenizer):
     head = ValueHead(SMALL["hidden_size"])
     torch.nn.init.normal_(head.summary.weight)
     engine = engine_of(model, tokenizer)
     engine.head = head
     prefixes = [engine.begin("How many?"), engine.begin("A longer question: how many are there in all?")]
     for value, prefix in zip(engine.values(prefixes), prefixes, strict=True):
+        assert tokenizer.decode(prefix.ids[-1:]) == "\n"  # white space behind "assistant"
         hidden = model.model(torch.tensor([prefix.ids])).last_hidden_state
-        assert value == pytest.approx(torch.tanh(head.summary(hidden[0, -1])).item(), abs=1e-5)
+        assert value == pytest.approx(torch.tanh(head.summary(hidden[0, -2])).item(), abs=1e-5)
 
 
 def test_a_dead_end_of_tokens(model, tokenizer):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from svpo_kernels.trees.pair_counts import pairs_of_all
 from svpo_kernels.trees.template import Template
-from svpo_kernels.trees.text import TextOptions, build
+from svpo_kernels.trees.text import TextOptions, build, own_ids
 from svpo_kernels.trees.tree import StepNode, StepTree
 
 from .formats import FORMATS, DataError, Format, ReadOptions, Record, Row, RowProblem, ValueScale, detect, unknown
@@ -289,7 +289,7 @@ def _tree(template: Template, record: Record, nodes: list[StepNode],
           options: TextOptions) -> tuple[StepTree, list[str]]:
     """The tree of a row and what is to be said of it. What a chat template raises is the row's problem."""
     if record.prompt_ids is not None:  # ids that a model generated are the truth
-        return StepTree(record.prompt_ids, nodes), []
+        return _of_ids(template.tokenizer, record.prompt_ids, nodes), []
     try:
         if record.completions is not None:
             return message_tree(template, record)
@@ -304,6 +304,14 @@ def _tree(template: Template, record: Record, nodes: list[StepNode],
         raise
     except (ValueError, TypeError, TemplateError) as error:
         raise RowProblem("cannot be tokenised", str(error)) from error
+
+
+def _of_ids(tokenizer: Any, prompt_ids: list[int], nodes: list[StepNode]) -> StepTree:
+    """The tree of generated ids, each step's value read at the last token of its own text, as where text is read."""
+    tree = StepTree(prompt_ids, nodes)
+    ends = [tree.start[i] + own_ids(tokenizer, tree.step_ids(i)) for i in range(len(nodes))]
+    return StepTree(prompt_ids, [dataclasses.replace(node, value_end=end) if node.value_end is None else node
+                                 for node, end in zip(nodes, ends, strict=True)])
 
 
 def _check_rendered_once(template: Template, record: Record) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svpo_kernels.models import unwrap
 from svpo_kernels.trainer.heads import ValueHead
 from svpo_kernels.trees.template import Template, turn_end
-from svpo_kernels.trees.text import TextOptions, find_turn
+from svpo_kernels.trees.text import TextOptions, find_turn, own_ids
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Spent:
 @dataclass
 class LocalEngine:
     """A Hugging Face causal LM. head: a value head (or any head of `trainer/heads.py`) read at the last token of a
-    prefix, from the hidden states of the very forward that goes on from it: no second model, no second forward."""
+    prefix's own text, from the hidden states of the very forward that goes on from it: no second model or forward."""
 
     model: nn.Module
     tokenizer: Any
@@ -189,8 +189,9 @@ class LocalEngine:
         self.spent.read += int(mask.sum())
         scores: list[float] = []
         if self.head is not None:
-            last = torch.arange(len(prefixes), device=self.device) * width + width - 1
-            scores = self.head(out.hidden_states[-1], last).scores.float().tolist()
+            ends = [width - len(prefix.ids) + own_ids(self.tokenizer, prefix.ids) - 1 for prefix in prefixes]
+            rows = torch.arange(len(prefixes)) * width + torch.tensor(ends)
+            scores = self.head(out.hidden_states[-1], rows.to(self.device)).scores.float().tolist()
         return out.logits[:, -1].float(), out.past_key_values, scores, mask
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def settings_of(values: dict[str, Any]) -> RolloutConfig:
         place = next(name for name, kind in (("sampling", Sampling), ("growth", Growth), ("", RolloutConfig))
                      if key in {entry.name for entry in fields(kind)})
         default = getattr({"": RolloutConfig, "sampling": Sampling, "growth": Growth}[place](), key)
-        parts[place][key] = _typed(key, value, default)
+        parts[place][key] = typed(key, value, default, {"budget_tokens": int, "max_prompts": int})
     config = RolloutConfig(**parts[""], sampling=Sampling(**parts["sampling"]), growth=Growth(**parts["growth"]))
     for key in ("prompts_file", "model_name_or_path"):
         if not getattr(config, key):
@@ -135,8 +135,9 @@ def known_keys() -> list[str]:
     return [*own, *(entry.name for kind in (Sampling, Growth) for entry in fields(kind))]
 
 
-def _typed(key: str, value: Any, default: Any) -> Any:
-    kind = int if key in ("budget_tokens", "max_prompts") else str if default is None else type(default)
+def typed(key: str, value: Any, default: Any, kinds: dict[str, type]) -> Any:
+    """A value of its key's type, that of the default or of `kinds` (else str) where that is None. Raises ValueError."""
+    kind = kinds.get(key, str) if default is None else type(default)
     if value is None and default is None:
         return None
     if isinstance(value, str) and kind is not str:

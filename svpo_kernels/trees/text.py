@@ -217,6 +217,15 @@ def _contexts(whole: str, content: str, turn: Turn) -> set[str | None]:
     return found
 
 
+def own_ids(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many of a generated step's ids come before the white space and the special tokens (an end of turn) behind its
+    own text; all of them where there is nothing else."""
+    for end in range(len(ids), 0, -1):
+        if tokenizer.decode([ids[end - 1]], skip_special_tokens=True).strip():
+            return end
+    return len(ids)
+
+
 def _tree(tokenizer: Any, prompt: Any, nodes: list[StepNode], texts: list[str], owns: list[int],
           special: bool, shape: StepTree) -> StepTree:
     paths, value_ends = _grown(tokenizer, texts, owns, special, shape) or _tokenize(tokenizer, texts, owns, special)
