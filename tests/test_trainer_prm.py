@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from training_ import Gradients, make_config, small_lm, unequal_data
 
-from svpo_kernels import StepNode, StepTree
+from svpo_kernels import StepNode, StepTree, pack_trees
 from svpo_kernels.trainer import StepModel, SVPOTrainer, TrainData, prm_metrics, report
 from svpo_kernels.trainer.config import ConfigError
 from svpo_kernels.trainer.heads import ClassHead, TokenHead
@@ -250,3 +252,37 @@ def test_implicit_rewards_are_evaluated_on_labelled_steps(tmp_path):
                         ref_model=StepModel(small_lm(), False)).evaluate()
     assert found["eval_prm/correct_accuracy"] == 1.0  # the reference is the model itself: every score is 0.5
     assert found["eval_prm/error_accuracy"] == 0.0 and found["eval_prm/f1"] == 0.0
+
+
+# -- token heads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere", "adapter on lm_head"])
+def test_a_token_head_reads_the_models_own_logits(kind):
+    """Scales and adapters of the vocabulary head are in its scores and losses."""
+    small = tiny_models.SMALL
+    if kind == "granite":
+        lm = hf.GraniteForCausalLM(hf.GraniteConfig(**small, logits_scaling=4.0))
+    elif kind == "cohere":
+        lm = hf.CohereForCausalLM(hf.CohereConfig(**small, logit_scale=0.25))
+    else:
+        peft = pytest.importorskip("peft")
+        lm = peft.get_peft_model(small_lm(), peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+        torch.nn.init.normal_(lm.base_model.model.lm_head.lora_B["default"].weight)
+    model = StepModel(lm, TokenHead(5, 9)).eval()
+    data = labelled_data()
+    batch = pack_trees(data.trees, data.pairs, max_tokens=4096, values="labelled")[0]
+    labels = (batch.value_targets + 1) / 2
+    out = model(batch, want_logps=False, labels=labels)
+    for step, (tree, node) in enumerate(batch.node_of_step.tolist()):
+        with torch.no_grad():
+            two = lm(torch.tensor([data.trees[tree].path(node)])).logits[0, -1, [9, 5]].log_softmax(-1)
+        assert out["values"][step].item() == pytest.approx(two[1].exp().item(), rel=1e-4)
+        loss = -(labels[step] * two[1] + (1 - labels[step]) * two[0])
+        assert out["step_losses"][step].item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_token_head_on_a_softcap_is_refused():
+    lm = hf.Gemma2ForCausalLM(hf.Gemma2Config(**tiny_models.SMALL, final_logit_softcapping=30.0))
+    with pytest.raises(ValueError, match="softcap is not in the loss; head=class"):
+        StepModel(lm, TokenHead(5, 9))

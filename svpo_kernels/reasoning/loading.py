@@ -18,7 +18,7 @@ from svpo_kernels.linear_step_logps import linear_step_logps
 from svpo_kernels.models import decoder, head, text_config, unwrap
 from svpo_kernels.prm import prm_scores, prm_scores_from_lm_head
 from svpo_kernels.trainer import head_files, start
-from svpo_kernels.trainer.heads import ClassHead, ValueHead
+from svpo_kernels.trainer.heads import ClassHead, ValueHead, two_rows
 from svpo_kernels.trees.attention import unpackable
 from svpo_kernels.trees.layers import use_tree_attention
 from svpo_kernels.trees.packing import StepBatch
@@ -80,18 +80,12 @@ def _hidden(lm: nn.Module, batch: StepBatch) -> Tensor:
 def token_scores(model: nn.Module, hidden: Tensor, positions: Tensor, good: int, bad: int) -> Tensor:
     """(S,): the softmax of two tokens' logits, the good one's share, as the model's own logits give it."""
     parts = head(model)
-    if parts["lora_a"] is not None:
-        raise ValueError("svpo score: an adapter on lm_head must be merged before two of its rows are read")
-    rows = hidden.flatten(0, -2)[positions] * (parts["logit_scale"] / parts["temperature"])
-    everywhere = torch.arange(len(rows), device=rows.device)
-    if parts["bias"] is None:
-        softcap = parts["softcap"] and parts["softcap"] / parts["temperature"]
-        return prm_scores_from_lm_head(rows, everywhere, parts["weight"], good, bad, softcap=softcap)
-    if parts["softcap"]:
+    weight, bias = two_rows(parts, good, bad)
+    if not parts["softcap"]:
+        return prm_scores(hidden, positions, weight, bias, good=0)
+    if bias is not None:
         raise ValueError("svpo score: a vocabulary head with a bias and a softcap is not known")
-    two = torch.tensor([bad, good], device=rows.device)
-    bias = parts["bias"][two] * (parts["logit_scale"] / parts["temperature"])
-    return prm_scores(rows, everywhere, parts["weight"][two], bias)
+    return prm_scores_from_lm_head(hidden, positions, weight, 0, 1, softcap=parts["softcap"] / parts["temperature"])
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

@@ -89,12 +89,33 @@ class TokenHead(nn.Module):
         super().__init__()
         self.good_token, self.bad_token = good_token, bad_token
 
-    def forward(self, hidden: Tensor, positions: Tensor, labels: Tensor | None = None, *, lm_head_weight: Tensor,
-                lm_head_bias: Tensor | None = None, backend: str = "auto") -> HeadOutputs:
-        """As ClassHead, with the good token as class 1; lm_head_weight (V, D) is read in two rows only."""
-        rows = torch.tensor([self.bad_token, self.good_token], device=lm_head_weight.device)
-        bias = None if lm_head_bias is None else lm_head_bias[rows]
-        return _outputs(hidden, positions, labels, lm_head_weight[rows], bias, backend, single=False)
+    def forward(self, hidden: Tensor, positions: Tensor, labels: Tensor | None = None, *, lm_head: dict[str, Any],
+                backend: str = "auto") -> HeadOutputs:
+        """As ClassHead, with the good token as class 1. lm_head: what `sk.head(model)` says; two rows are read.
+
+        Raises ValueError for a vocabulary head with a softcap, which the loss has not.
+        """
+        if lm_head["softcap"]:
+            raise ValueError(NO_SOFTCAP)
+        weight, bias = two_rows(lm_head, self.bad_token, self.good_token)
+        return _outputs(hidden, positions, labels, weight, bias, backend, single=False)
+
+
+NO_SOFTCAP = ("config: head=token reads two of the model's own logits, and this model's softcap is not in the loss; "
+              "head=class trains rows of its own")
+
+
+def two_rows(lm_head: dict[str, Any], first: int, second: int) -> tuple[Tensor, Tensor | None]:
+    """(weight (2, D), bias (2,) or None) with which hidden rows give the model's own logits of two tokens, before a
+    softcap: adapters on the head, scale and temperature included."""
+    rows = torch.tensor([first, second], device=lm_head["weight"].device)
+    weight, scale = lm_head["weight"][rows], lm_head["logit_scale"] / lm_head["temperature"]
+    if lm_head["lora_a"] is not None:
+        weight = weight + lm_head["lora_scaling"] * (lm_head["lora_b"][rows] @ lm_head["lora_a"])
+    bias = None if lm_head["bias"] is None else lm_head["bias"][rows]
+    if scale == 1.0:
+        return weight, bias
+    return weight * scale, None if bias is None else bias * scale
 
 
 def _outputs(hidden: Tensor, positions: Tensor, labels: Tensor | None, weight: Tensor, bias: Tensor | None,

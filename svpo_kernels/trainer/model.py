@@ -18,7 +18,7 @@ from svpo_kernels.models import decoder, head, is_peft, output_layer
 from svpo_kernels.trees.packing import StepBatch
 
 from . import attention, head_files, start
-from .heads import TokenHead, ValueHead, make_head
+from .heads import NO_SOFTCAP, TokenHead, ValueHead, make_head
 from .streaming import StreamedPack
 
 
@@ -39,7 +39,9 @@ class StepModel(nn.Module):
         if value_head is True:
             value_head = ValueHead(self.config.get_text_config().hidden_size, head_dtype(lm))
         self.v_head = value_head or None
-        head(self.causal_lm)  # refused here, before anything is read or trained
+        parts = head(self.causal_lm)  # refused here, before anything is read or trained
+        if isinstance(self.v_head, TokenHead) and parts["softcap"]:
+            raise ValueError(NO_SOFTCAP)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -109,8 +111,7 @@ class StepModel(nn.Module):
         if self.v_head is not None:
             own = {}
             if isinstance(self.v_head, TokenHead):
-                parts = head(self.causal_lm)
-                own = {"lm_head_weight": parts["weight"], "lm_head_bias": parts["bias"]}
+                own = {"lm_head": head(self.causal_lm)}
             values, losses = self.v_head(hidden, batch.value_positions, labels, backend=self.backend, **own)
         return {"step_logps": logps, "values": values, "step_losses": losses, "entropy": found.get("entropy")}
 

@@ -39,8 +39,7 @@ class StreamedPack:
         """Rows (k, D) of some steps' ends -> (k, 1) scores, or (k, 2) scores and losses."""
         own = {}
         if isinstance(self.model.v_head, TokenHead):
-            parts = head(self.model.causal_lm)
-            own = {"lm_head_weight": parts["weight"], "lm_head_bias": parts["bias"]}
+            own = {"lm_head": head(self.model.causal_lm)}
         scores, losses = self.model.v_head(
             rows[None], torch.arange(len(rows), device=rows.device), None if self.labels is None else
             self.labels[places], backend=self.model.backend, **own)
