@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
-from svpo_kernels import linear_step_logps, step_advantages, step_policy_loss
+from svpo_kernels import linear_step_logps, step_advantages
 
 from .._checks import fail
+from .runs import run_policy_loss
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
@@ -111,19 +112,12 @@ def _policy_loss(ratio: str) -> Any:
         weights = _coefficients(counts, loss_agg_mode, **config.global_batch_info)
         if rollout_is_weights is not None:
             weights = weights * rollout_is_weights
-        new = torch.ones_like(counts)
-        new[:, 1:] = (advantages[:, 1:] != advantages[:, :-1]) | ~counts[:, :-1]
-        steps = (new & counts).reshape(-1).cumsum(0)[counts.reshape(-1)] - 1
-        S = int(steps[-1]) + 1 if len(steps) else 0
-        own, weights = advantages[counts].detach().float(), weights[counts].detach()
-        of_step = own.new_zeros(S).index_copy(0, steps.flip(0), own.flip(0))
         low, high = (config.clip_ratio if bound is None else bound
                      for bound in (config.clip_ratio_low, config.clip_ratio_high))
-        if ratio != "token":
-            weights = weights.new_zeros(S).index_add(0, steps, weights)[steps]
-        dual_clip = config.get("clip_ratio_c", 3.0) if ratio == "token" else None
-        out = step_policy_loss(log_prob[counts], old_log_prob[counts].detach(), of_step, steps, ratio=ratio,
-                               clip=(low, high), dual_clip=dual_clip, weights=weights, totals=(1.0, 1.0))
+        rows = torch.arange(len(counts), device=counts.device)[:, None].expand_as(counts)
+        out = run_policy_loss(*(x.reshape(-1) for x in (log_prob, old_log_prob, advantages, counts, rows, weights)),
+                              ratio=ratio, clip=(low, high),
+                              dual_clip=config.get("clip_ratio_c", 3.0) if ratio == "token" else None)
         metrics = {"actor/pg_clipfrac": out.clip_fraction, "actor/ppo_kl": out.approx_kl,
                    "actor/ratio_mean": out.ratio_mean, "actor/ratio_max": out.ratio_max}
         return out.loss, {name: value.item() for name, value in metrics.items()}
