@@ -224,13 +224,31 @@ SVPO_CPU_OP(label_dots, const void* h, const void* weight, const void* bias, int
             const int64_t* first, int64_t R, int64_t N, int64_t vocab_size, float* label_z0, int threads);
 
 // Rows [first_row, last_row) of z (c, vocab_size): logp, row_max, row_logsum and entropy (R,) unless null, and with `unit`
-// z becomes U. unit_only: the statistics are given. temperatures: (R,), of each plan row, in the place of temperature;
-// null without.
+// z becomes U. temperatures: (R,), of each plan row, in the place of temperature; null without.
 SVPO_CPU_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
             const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
             int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap,
             const float* temperatures, float* logp, float* row_max, float* row_logsum, float* entropy, int unit,
-            int unit_only, int threads);
+            int threads);
+
+// The same statistics from tiles of z, columns [first_column, first_column + columns) at a time, the one from column 0
+// first: found (R, 3) collects what linear_rows_finish makes them of.
+SVPO_CPU_OP(linear_rows_scan, const void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
+            int64_t first_column, int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, int64_t R, int64_t N, int64_t vocab_size, double temperature, double softcap,
+            const float* temperatures, int entropy, double* found, int threads);
+
+SVPO_CPU_OP(linear_rows_finish, const double* found, int64_t first_row, int64_t last_row, const int64_t* rows,
+            const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+            const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* temperatures,
+            float* logp, float* row_max, float* row_logsum, float* entropy, int threads);
+
+// A tile of z becomes U, the statistics given.
+SVPO_CPU_OP(linear_rows_unit, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
+            int64_t first_column, int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+            const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
+            double softcap, const float* temperatures, const float* logp, const float* row_max,
+            const float* row_logsum, int threads);
 
 // Of the same rows, before z is U: the sums of exp(z - row_max), of its square and of z, label columns exact; the
 // largest z as z holds it and the first column that has it. All (R,), padding 0.
@@ -240,13 +258,14 @@ SVPO_CPU_OP(linear_row_stats, const void* z, int dtype, int64_t stride_z, int64_
             const float* temperatures, const float* row_max, float* sums, float* squares, float* total, float* top,
             int64_t* top_at, int threads);
 
-// out, which may be z: the whole gradient of rows [first_row, last_row) of z, for upstreams g (N,) and G (R,) of the
-// log-probs and E (R,) of the entropies.
+// out, which may be z: the whole gradient of a tile of z, for upstreams g (N,) and G (R,) of the log-probs and E (R,) of
+// the entropies.
 SVPO_CPU_OP(linear_rows_grad, const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out,
-            int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
-            const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
-            double softcap, const float* temperatures, const float* logp, const float* row_max,
-            const float* row_logsum, const float* entropy, const float* g, const float* G, const float* E, int threads);
+            int64_t first_row, int64_t last_row, int64_t first_column, int64_t columns, const int64_t* rows,
+            const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+            const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* temperatures,
+            const float* logp, const float* row_max, const float* row_logsum, const float* entropy, const float* g,
+            const float* G, const float* E, int threads);
 
 // out (S,) or (N,) from logp (N,).
 SVPO_CPU_OP(reduce_steps, const float* logp, const int64_t* step_order, const int64_t* step_start, int64_t N, int64_t S,
@@ -285,7 +304,14 @@ SVPO_CUDA_OP(linear_rows, void* z, int dtype, int64_t stride_z, int64_t first_ro
              const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R,
              int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap,
              const float* scales, float* logp, float* row_max, float* row_logsum, float* entropy, int unit,
-             int unit_only, int clusters, void* scratch, int64_t scratch_bytes);
+             int clusters, void* scratch, int64_t scratch_bytes);
+
+// As on the CPU; tile_labels (N,): labels counted from the tile's first column. scratch: 4 bytes for each of R and N.
+SVPO_CUDA_OP(linear_rows_unit, void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
+             const int64_t* tile_labels, int64_t columns, const int64_t* rows, const int64_t* row_start,
+             const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
+             int64_t vocab_size, double temperature, double softcap, const float* scales, const float* logp,
+             const float* row_max, const float* row_logsum, void* scratch, int64_t scratch_bytes);
 
 // As on the CPU.
 SVPO_CUDA_OP(linear_row_stats, const void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row,
@@ -294,14 +320,13 @@ SVPO_CUDA_OP(linear_row_stats, const void* z, int dtype, int64_t stride_z, int64
              const float* scales, const float* row_max, float* sums, float* squares, float* total, float* top,
              int64_t* top_at);
 
-// out, which may be z: the whole gradient of rows [first_row, last_row) of z, for upstreams g (N,) and G (R,) of the
-// log-probs and E (R,) of the entropies. scratch: 4 bytes for each of 3 R and N.
+// As on the CPU, tile_labels as above. scratch: 4 bytes for each of 3 R and N.
 SVPO_CUDA_OP(linear_rows_grad, const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out,
-             int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
-             const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
-             double softcap, const float* scales, const float* logp, const float* row_max, const float* row_logsum,
-             const float* entropy, const float* g, const float* G, const float* E, void* scratch,
-             int64_t scratch_bytes);
+             int64_t first_row, int64_t last_row, const int64_t* tile_labels, int64_t columns, const int64_t* rows,
+             const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+             const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* scales,
+             const float* logp, const float* row_max, const float* row_logsum, const float* entropy, const float* g,
+             const float* G, const float* E, void* scratch, int64_t scratch_bytes);
 
 SVPO_CUDA_OP(branch_hidden, const void* uw, const void* weight, void* out, int dtype, int64_t D, int64_t stride_uw,
              int64_t stride_w, int64_t first_row, int64_t last_row, const int64_t* row_start, const int64_t* labels,

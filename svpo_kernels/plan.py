@@ -41,6 +41,10 @@ class PlanTensors(NamedTuple):
     step_start: Tensor
     bounds: Tensor
 
+    def labels_from(self, column: int) -> Tensor:
+        """(N,) labels counted from a column."""
+        return self.labels - column if column else self.labels
+
 
 def _sizes(R: int, N: int, S: int) -> list[int]:
     return [R, R + 1, N, N, N, N, S + 1]

@@ -256,7 +256,7 @@ def test_common_cases_of_more_panels(case: RowCase, monkeypatch: pytest.MonkeyPa
     padding = 0 if case.vocab_size is None else case.V - case.vocab_size
     V = 8200 + case.V % 17
     wide = replace(case, V=V, vocab_size=V - padding if padding else None)
-    test_linear_step_logps.test_values_and_gradients(wide, "frozen", "cuda", "cpu")
+    test_linear_step_logps.test_values_and_gradients(wide, "frozen", "cuda", "cpu", monkeypatch)
 
 
 def test_scratch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

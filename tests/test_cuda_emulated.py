@@ -50,7 +50,7 @@ def emulate(env: dict[str, str], files: str, chosen: str = "cuda") -> int:
 def test_a_sample_of_every_op(emulated: dict[str, str]) -> None:
     """Few cases of every kernel family under two schedules; all of them, under all schedules, with -m slow."""
     files = "test_step_logps.py test_linear_step_logps.py test_svpo_loss.py test_prm.py test_aggregate.py"
-    cases = "branching-cuda or branching-recompute or branching-frozen or ties or empty"
+    cases = "branching-cuda or branching-recompute or branching-frozen or branching_bf16-columns or ties or empty"
     assert emulate(emulated, files, f"cuda and (shuffled2 or descending) and ({cases})") >= 20
 
 
@@ -70,7 +70,7 @@ def test_linear_step_logps(emulated: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_entropies_and_factors(emulated: dict[str, str]) -> None:
     """What the whole gradient of a chunk is made for: recomputed, and under low-rank factors that train."""
-    chosen = "cuda and (not values or recompute or factors)"
+    chosen = "cuda and (not values or recompute or factors or (bf16 and columns))"
     assert emulate(emulated, "test_linear_stats.py test_linear_lora.py", chosen) >= 290
 
 

@@ -83,8 +83,9 @@ def test_floors_of_the_contract() -> None:
     store = call_cost(*shape, "store", needs_weight=True, logits_budget_mb=4096)
     assert store.floor(790e12) == pytest.approx(32.7e-3, rel=2e-3)
     rows = 8192 * 128256 * 2
-    assert store.row_bytes == 2 * rows and store.kept_bytes == rows
-    assert store.with_rows(790e12, 4.3e12) == pytest.approx(store.floor(790e12) + 2 * rows / 4.3e12)
+    assert store.row_bytes == 3 * rows and store.kept_bytes == rows  # read, read again, written
+    assert call_cost(*shape, "forward").row_bytes == rows and call_cost(*shape, "frozen").row_bytes == 3 * rows
+    assert store.with_rows(790e12, 4.3e12) == pytest.approx(store.floor(790e12) + 3 * rows / 4.3e12)
     beyond = call_cost(*shape, "store", needs_weight=True, logits_budget_mb=1)
     assert beyond.flops == 4 * 2 * 8192 * 4096 * 128256 and beyond.kept_bytes == 0
 

@@ -8,7 +8,7 @@ import torch
 from accuracy import assert_draws_accurate
 from cases import BACKENDS, RowCase, make_predictions
 from test_linear_stats import run
-from test_linear_step_logps import D, make_head
+from test_linear_step_logps import D, budget_of, make_head
 
 import svpo_kernels as sk
 
@@ -32,6 +32,8 @@ NEEDS = {
     "factors": (False, False, False, True, True),
     "all": (True, True, True, True, True),
     "recompute": (True, True, False, True, True),
+    "columns": (True, True, False, True, True),
+    "columns_beside_kept": (True, True, True, True, True),
 }
 SCALING, RANK, DRAWS = 1.7, 3, 8
 
@@ -54,8 +56,11 @@ def make_inputs(case: RowCase):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("mode", NEEDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str) -> None:
+def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str, monkeypatch) -> None:
     """Gradients of 3 x 24 entries and outputs of 40: judged over DRAWS together."""
+    if mode.startswith("columns") and backend == "reference":
+        pytest.skip("the reference has no tiles")
+    budget = budget_of(mode, case, monkeypatch)
     draws = []
     for _ in range(DRAWS):
         given, tensors = make_inputs(case)
@@ -68,7 +73,7 @@ def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: st
 
         def op(h, w, b, a, c, plan=plan):
             more = dict(bias=b, lora_a=a, lora_b=c, lora_scaling=SCALING, backend=backend,
-                        logits_budget_mb=1e-6 if mode == "recompute" else 512)
+                        logits_budget_mb=budget)
             return (sk.linear_step_logps(h, w, plan, **more, **case.options),)
 
         runs = ((tensors, op), (tensors, eagerly), (doubles, eagerly))

@@ -11,7 +11,7 @@ from accuracy import assert_accurate, assert_draws_accurate
 from cases import BACKENDS, RowCase, make_predictions
 
 import svpo_kernels as sk
-from svpo_kernels.linear_step_logps import modes
+from svpo_kernels.linear_step_logps import modes, walks
 
 D = 24
 F32 = [
@@ -67,7 +67,20 @@ NEEDS = {
     "store": (True, True, True),
     "head": (False, True, False),
     "recompute": (True, True, True),
+    "columns": (True, True, True),
+    "columns_beside_kept": (True, True, True),
 }
+
+
+def budget_of(mode: str, case: RowCase, monkeypatch: pytest.MonkeyPatch) -> float:
+    """MiB: for all rows, for none, or for some. In the modes of columns the walk is by those, a few at a time."""
+    if mode.startswith("columns"):
+        monkeypatch.setitem(modes.LEAST_ROWS, "cpu", 6)
+        monkeypatch.setitem(walks.LEAST_COLUMNS, "cpu", 7)
+        monkeypatch.setattr(walks, "moved", lambda walk, R, V: -len(walk.columns))
+    if mode == "columns_beside_kept":
+        return 36 * case.V * case.dtype.itemsize / 2**20
+    return 1e-6 if mode in ("recompute", "columns") else 512
 
 
 def make_head(case: RowCase, given, device: str = "cpu"):
@@ -100,7 +113,9 @@ def run(tensors, needs, upstream, function):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("mode", NEEDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str) -> None:
+def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: str, monkeypatch) -> None:
+    if mode.startswith("columns") and backend == "reference":
+        pytest.skip("the reference has no tiles")
     given = make_predictions(case)
     tensors = make_head(case, given, device)
     plan = sk.StepPlan.from_predictions(given.rows, given.labels, given.step_ids, case.S)
@@ -111,7 +126,7 @@ def test_values_and_gradients(case: RowCase, mode: str, backend: str, device: st
 
     doubles = [None if t is None else t.double() for t in tensors]
     exact, eager = run(doubles, NEEDS[mode], upstream, spec), run(tensors, NEEDS[mode], upstream, spec)
-    budget = 1e-6 if mode == "recompute" else 512
+    budget = budget_of(mode, case, monkeypatch)
     hidden = tensors[0].clone()
     unscored = torch.ones(case.B * case.L, dtype=torch.bool)
     unscored[given.rows] = False
@@ -256,26 +271,45 @@ def test_budget_bounds_rows(device: str) -> None:
     for V, itemsize, mib in ((128256, 2, 512), (65536, 4, 64), (257, 4, 512), (151936, 2, 1), (1, 4, 1)):
         whole = int(mib * 2**20) // (V * itemsize)
         for mode in modes.MODES:
-            kept, chunk = modes.budget(V, itemsize, mib, device, mode)
-            assert least <= chunk <= modes.MOST_ROWS and kept >= 0
-            assert kept == 0 or mode in ("store", "logits")
-            assert kept + chunk <= max(whole, least)
+            limit = modes.budget(V, itemsize, mib, device, mode)
+            for R in (0, 1, whole - 1, whole, whole + 1, 2 * whole, 5 * whole, 10**6):
+                R = max(R, 0)
+                kept, scratch = limit.kept(R), limit.scratch(R)
+                assert 0 <= kept <= R and least <= scratch <= modes.MOST_ROWS
+                assert kept == 0 or mode in ("store", "logits")
+                needs_scratch = kept < R or mode == "logits"
+                assert kept + needs_scratch * scratch <= max(whole, least)
+                if mode == "store" and R <= whole:
+                    assert kept == R
 
 
-def test_chunks_cover_every_row_once() -> None:
-    for stop, size in ((0, 64), (1, 64), (64, 64), (65, 64), (1000, 64), (4097, 4096)):
-        pieces = modes.chunks(0, stop, size)
-        assert [row for start, end in pieces for row in range(start, end)] == list(range(stop))
-        assert all(0 < end - start <= size for start, end in pieces)
+def test_chunks_and_runs_cover_everything_once() -> None:
+    for stop, size in ((0, 64), (1, 64), (64, 64), (65, 64), (1000, 64), (4097, 4096), (37, 5), (130, 100)):
+        for pieces in (walks.chunks(0, stop, size), walks.runs(stop, size)):
+            assert [at for first, last in pieces for at in range(first, last)] == list(range(stop))
+            assert all(0 < last - first <= size for first, last in pieces)
+    assert all(first % walks.STEP == 0 for first, _ in walks.runs(1000, 130))
 
 
-@pytest.mark.parametrize("mode", ["store", "logits"])
-def test_parts_of_a_backward_cover_every_row_once(mode: str) -> None:
-    for R, kept in ((0, 0), (5, 5), (100, 100), (100, 40), (100, 0)):
-        pieces = modes.parts(R, kept, 16, mode)
-        assert [row for start, end in pieces for row in range(start, end)] == list(range(R))
-        assert all(end <= kept or start >= kept for start, end in pieces)
-        assert all(end - start <= 16 or (end <= kept and mode == "store") for start, end in pieces)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_walks_cover_every_entry_once_within_scratch(device: str, in_place: bool) -> None:
+    shapes = [(0, 9, 0, 4), (5, 9, 5, 4), (100, 0, 0, 16), (90, 7, 40, 16)]
+    for R, V, kept, scratch in [*shapes, (4096, 65536, 0, 256), (8192, 128256, 1570, 523)]:
+        walk = walks.choose(R, V, kept, scratch, device, in_place=in_place)
+        for pieces, stop in ((walk.columns, V), (walk.rows, R)):
+            assert [at for first, last in pieces for at in range(first, last)] == list(range(stop))
+        assert all(last <= kept or first >= kept for first, last in walk.rows)
+        assert walk.most(kept if in_place else 0) <= scratch * V
+
+
+def test_the_longer_side_is_cut() -> None:
+    """Columns where V is longer than the rows are many, 16 runs of the shape that the README measures; else rows."""
+    options = dict(device_type="cpu")
+    assert len(walks.choose(4096, 65536, 0, 256, **options).columns) == 16
+    assert len(walks.choose(65536, 512, 0, 4096, **options).columns) == 1
+    assert len(walks.choose(4096, 65536, 0, 256, by_columns=False, **options).rows) == 16
+    assert walks.choose(4096, 65536, 4096, 256, **options) == ([(0, 65536)], [(0, 4096)])
 
 
 @pytest.mark.parametrize("mode", ["frozen", "store", "recompute"])

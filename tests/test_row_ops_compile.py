@@ -11,7 +11,7 @@ from cases import BACKENDS, RowCase, make_predictions
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import svpo_kernels as sk
-from svpo_kernels.linear_step_logps import modes
+from svpo_kernels.linear_step_logps import modes, walks
 
 D, V = 8, 37
 
@@ -93,6 +93,29 @@ def test_entropies_and_factors_make_at_most_four_graphs(dynamic: bool | None) ->
         inputs += [torch.randn(2, D).requires_grad_(), torch.randn(V, 2).requires_grad_()]
         temperatures = torch.rand(plan.rows.shape[0]) + 0.5
         ours, eager = compiled(inputs, plan, temperatures), call(inputs, plan, temperatures)
+        torch.testing.assert_close(ours, eager)
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(eager, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("form", ["plan", "tensor"])
+def test_rows_all_some_or_none_kept_make_no_graph_more(form: str, monkeypatch) -> None:
+    """10 rows are kept whole, of up to 30 some, of more none: columns are walked then, a few at a time."""
+    torch._dynamo.reset()
+    monkeypatch.setitem(modes.LEAST_ROWS, "cpu", 4)
+    monkeypatch.setitem(walks.LEAST_COLUMNS, "cpu", 4)
+    monkeypatch.setattr(walks, "moved", lambda walk, R, V: -len(walk.columns))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(inputs, rest, options):
+        return sk.linear_step_logps(*inputs, *rest, **options).square().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for T in (9, 14, 22, 47, 60, 8):
+        inputs, rest, options = arguments("linear_step_logps", T, form)
+        options["logits_budget_mb"] = 10.5 * V * 4 / 2**20
+        ours, eager = compiled(inputs, rest, options), call(inputs, rest, options)
         torch.testing.assert_close(ours, eager)
         for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(eager, inputs), strict=True):
             torch.testing.assert_close(a, b)

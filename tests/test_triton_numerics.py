@@ -73,7 +73,8 @@ def test_outputs_are_written_whole_and_nothing_beside_them() -> None:
 def test_entropies_and_low_rank_factors_in_the_interpreter() -> None:
     """The kernels that only they take: a case of each mode of the logits, and every dtype once."""
     names = "three_columns or (softcap_temperature and not fp16) or branching or minus_infinity or spreads or see"
-    chosen = f"triton and (({names}) and (store or recompute or spreads or see) or (wide and adapter))"
+    more = "(wide and adapter) or (branching_bf16 and columns)"
+    chosen = f"triton and (({names}) and (store or recompute or spreads or see) or {more})"
     assert passed(interpret("test_linear_stats.py", "test_linear_lora.py", "-k", chosen)) >= 20
 
 

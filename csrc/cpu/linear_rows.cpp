@@ -1,7 +1,7 @@
 // The passes between the matrix products of linear_step_logps (svpo_kernels/linear_step_logps/products.py).
 //
-// h (R, D) are the gathered hidden rows, z a chunk (c, V) of products h W^T + b in the input dtype. The label columns of
-// z are rounded, so their logits are taken from exact fp32 dots instead (label_z0).
+// h (R, D) are the gathered hidden rows, z a chunk (c, V) of products h W^T + b in the input dtype, or a tile of it with
+// columns [first_column, first_column + columns). The label columns of z are rounded, so their logits are taken from exact fp32 dots instead (label_z0).
 #include <stdlib.h>
 
 #include "steps.h"
@@ -32,6 +32,59 @@ void scale_row(A* out, const B* row, float factor, int64_t n) {
     const int left = static_cast<int>(n - i);
     store_n(out + i, c * load_n(row + i, left, 0.0f), left);
   }
+}
+
+// Columns [first_column, first_column + columns) of plan rows [first_row, last_row): z is read, out, which may be z, is
+// written.
+struct Tile {
+  const void* z;
+  void* out;
+  int64_t stride_z, stride_out, first_row, last_row, first_column, columns;
+};
+
+// The labels of the rows [first_row, last_row), sorted.
+struct SortedLabels {
+  Scratch<int64_t> order;
+  Scratch<RowLabels> rows;
+  SortedLabels(const Plan& plan, int64_t first_row, int64_t last_row, int64_t vocab_size, int threads)
+      : order(last_row > first_row ? plan.row_start[last_row] - plan.row_start[first_row] : 0),
+        rows(last_row - first_row) {
+    if (!made()) return;
+    const int64_t base = last_row > first_row ? plan.row_start[first_row] : 0;
+    for_each(last_row - first_row, 1024, 16 * plan.N, threads, [&](int64_t i) {
+      rows[i] = sort_labels(plan, first_row + i, vocab_size, order.data + plan.row_start[first_row + i] - base);
+    });
+  }
+  bool made() const { return order.data && rows.data; }
+};
+
+// Calls body(tag, r, labels, z, out, from, to) for every panel of a tile: columns [from, to) of all V, z and out as if
+// rows began at column 0. Padding becomes 0.
+template <class Body>
+int for_panels(const Tile& tile, int dtype, Mode mode, const Plan& plan, int64_t vocab_size, int threads,
+               const Body& body) {
+  const int64_t count = tile.last_row - tile.first_row;
+  const Panels panels(tile.columns);
+  const SortedLabels own(plan, tile.first_row, tile.last_row, vocab_size, threads);
+  if (!own.made()) return SVPO_NO_MEMORY;
+  return for_dtype_and_mode(dtype, mode, [&](auto type, auto tag) {
+    using T = decltype(type);
+    for_each(count * panels.per_row, panels.grain, count * tile.columns, threads, [&](int64_t task) {
+      const int64_t i = panels.row(task), r = tile.first_row + i;
+      const int64_t from = tile.first_column + panels.from(task), to = tile.first_column + panels.to(task);
+      const T* const z = static_cast<const T*>(tile.z) + i * tile.stride_z - tile.first_column;
+      T* const out = static_cast<T*>(tile.out) + i * tile.stride_out - tile.first_column;
+      if (plan.rows[r] < 0) memset(static_cast<void*>(out + from), 0, (to - from) * sizeof(T));
+      else body(tag, r, own.rows[i], z, out, from, to);
+    });
+    return SVPO_OK;
+  });
+}
+
+// Statistics that are only read.
+RowStats given(const float* logp, const float* row_max, const float* row_logsum, const float* entropy) {
+  return {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
+          const_cast<float*>(entropy)};
 }
 
 // One term of dW: coefficient * h[row] goes to row `label`.
@@ -75,7 +128,7 @@ extern "C" int SVPO_ENTRY(linear_rows)(
     void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, const int64_t* rows,
     const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
     int64_t vocab_size, double temperature, double softcap, const float* temperatures, float* logp, float* row_max,
-    float* row_logsum, float* entropy, int unit, int unit_only, int threads) {
+    float* row_logsum, float* entropy, int unit, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
   const RowStats stats = {logp, row_max, row_logsum, entropy};
   const RowTransforms transforms(temperature, softcap, temperatures);
@@ -86,8 +139,83 @@ extern "C" int SVPO_ENTRY(linear_rows)(
     for (int64_t r = first_row; unit && r < last_row; ++r)
       if (rows[r] < 0) memset(static_cast<void*>(chunk + (r - first_row) * stride_z), 0, vocab_size * sizeof(T));
     return score_rows<T, decltype(tag)::mode>(plan, first_row, last_row, row, label_z0, vocab_size, transforms, stats,
-                                              unit, unit_only, threads);
+                                              unit, threads);
   });
+}
+
+extern "C" int SVPO_ENTRY(linear_rows_scan)(
+    const void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, int64_t first_column,
+    int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first,
+    int64_t R, int64_t N, int64_t vocab_size, double temperature, double softcap, const float* temperatures,
+    int entropy, double* found, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const RowTransforms transforms(temperature, softcap, temperatures);
+  const int64_t count = last_row - first_row;
+  const Panels panels(columns);
+  const SortedLabels own(plan, first_row, last_row, vocab_size, threads);
+  Scratch<Partial> parts(count * panels.per_row);
+  if (!own.made() || !parts.data) return SVPO_NO_MEMORY;
+  return for_dtype_and_mode(dtype, transforms.all.mode, [&](auto type, auto tag) {
+    using T = decltype(type);
+    constexpr Mode mode = decltype(tag)::mode;
+    for_each(count * panels.per_row, panels.grain, count * columns, threads, [&](int64_t task) {
+      const int64_t i = panels.row(task), r = first_row + i;
+      Partial& sum = parts[task] = {0.0, -__builtin_inff(), 0.0};
+      if (rows[r] < 0) return;
+      const T* const row = static_cast<const T*>(z) + i * stride_z - first_column;
+      const Transform t = transforms.of(r);
+      between_labels(plan, own.rows[i], first_column + panels.from(task), first_column + panels.to(task),
+                     [&](int64_t from, int64_t to) {
+                       if (entropy) scan<mode, true>(row + from, to - from, t, sum);
+                       else scan<mode, false>(row + from, to - from, t, sum);
+                     },
+                     [](int64_t) {});
+    });
+    for_each(count, 1024, count * panels.per_row, threads, [&](int64_t i) {
+      double* const to = found + 3 * (first_row + i);
+      Partial sum = {to[0], static_cast<float>(to[1]), to[2]};
+      if (first_column == 0) sum = {0.0, -__builtin_inff(), 0.0};
+      for (int64_t k = 0; k < panels.per_row; ++k) add_partial(sum, parts[i * panels.per_row + k]);
+      to[0] = sum.s, to[1] = sum.m, to[2] = sum.t;
+    });
+    return SVPO_OK;
+  });
+}
+
+extern "C" int SVPO_ENTRY(linear_rows_finish)(
+    const double* found, int64_t first_row, int64_t last_row, const int64_t* rows, const int64_t* row_start,
+    const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size,
+    double temperature, double softcap, const float* temperatures, float* logp, float* row_max, float* row_logsum,
+    float* entropy, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const RowStats stats = {logp, row_max, row_logsum, entropy};
+  const RowTransforms transforms(temperature, softcap, temperatures);
+  const SortedLabels own(plan, first_row, last_row, vocab_size, threads);
+  if (!own.made()) return SVPO_NO_MEMORY;
+  for_each(last_row - first_row, 256, 256 * (last_row - first_row), threads, [&](int64_t i) {
+    const int64_t r = first_row + i;
+    if (rows[r] < 0) return missing_row(plan, r, stats);
+    const Partial sum = {found[3 * r], static_cast<float>(found[3 * r + 1]), found[3 * r + 2]};
+    finish_row<float>(plan, r, own.rows[i], nullptr, label_z0, sum, transforms.of(r), stats);
+  });
+  return SVPO_OK;
+}
+
+extern "C" int SVPO_ENTRY(linear_rows_unit)(
+    void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, int64_t first_column, int64_t columns,
+    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
+    const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* temperatures,
+    const float* logp, const float* row_max, const float* row_logsum, int threads) {
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const RowStats stats = given(logp, row_max, row_logsum, nullptr);
+  const RowTransforms transforms(temperature, softcap, temperatures);
+  const Tile tile = {z, z, stride_z, stride_z, first_row, last_row, first_column, columns};
+  auto unit = [&](auto tag, int64_t r, RowLabels own, auto* from_row, auto* to_row, int64_t from, int64_t to) {
+    const RowGrad one = {1.0, 0.0, likeliest(own, logp)};
+    gradient_columns<decltype(tag)::mode>(plan, r, own, one, nullptr, from_row, to_row, label_z0, from, to,
+                                          transforms.of(r), stats, false);
+  };
+  return for_panels(tile, dtype, transforms.all.mode, plan, vocab_size, threads, unit);
 }
 
 extern "C" int SVPO_ENTRY(linear_row_stats)(
@@ -97,22 +225,17 @@ extern "C" int SVPO_ENTRY(linear_row_stats)(
     float* sums, float* squares, float* total, float* top, int64_t* top_at, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
   const RowTransforms transforms(temperature, softcap, temperatures);
-  const int64_t count = last_row - first_row, base = count > 0 ? row_start[first_row] : 0;
+  const int64_t count = last_row - first_row;
   const Panels panels(vocab_size);
-  Scratch<int64_t> order(count > 0 ? row_start[last_row] - base : 0);
+  const SortedLabels own(plan, first_row, last_row, vocab_size, threads);
   Scratch<MoreStats> parts(count * panels.per_row);
-  if (!order.data || !parts.data) return SVPO_NO_MEMORY;
-  Scratch<RowLabels> own(count);
-  if (!own.data) return SVPO_NO_MEMORY;
-  for_each(count, 1024, 16 * N, threads, [&](int64_t i) {
-    own[i] = sort_labels(plan, first_row + i, vocab_size, order.data + row_start[first_row + i] - base);
-  });
+  if (!own.made() || !parts.data) return SVPO_NO_MEMORY;
   return for_dtype_and_mode(dtype, transforms.all.mode, [&](auto type, auto tag) {
     using T = decltype(type);
     for_each(count * panels.per_row, panels.grain, count * vocab_size, threads, [&](int64_t task) {
       const int64_t i = panels.row(task), r = first_row + i;
       if (rows[r] >= 0)
-        parts[task] = more_stats<decltype(tag)::mode>(plan, own[i], static_cast<const T*>(z) + i * stride_z, label_z0,
+        parts[task] = more_stats<decltype(tag)::mode>(plan, own.rows[i], static_cast<const T*>(z) + i * stride_z, label_z0,
                                                       panels.from(task), panels.to(task), transforms.of(r), row_max[r]);
     });
     for_each(count, 1024, count * panels.per_row, threads, [&](int64_t i) {
@@ -133,37 +256,19 @@ extern "C" int SVPO_ENTRY(linear_row_stats)(
 
 extern "C" int SVPO_ENTRY(linear_rows_grad)(
     const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out, int64_t first_row, int64_t last_row,
-    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
-    const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* temperatures,
-    const float* logp, const float* row_max, const float* row_logsum, const float* entropy, const float* g,
-    const float* G, const float* E, int threads) {
+    int64_t first_column, int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+    const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
+    double softcap, const float* temperatures, const float* logp, const float* row_max, const float* row_logsum,
+    const float* entropy, const float* g, const float* G, const float* E, int threads) {
   const Plan plan = {rows, row_start, labels, first, R, N};
-  const RowStats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
-                          const_cast<float*>(entropy)};
+  const RowStats stats = given(logp, row_max, row_logsum, entropy);
   const RowTransforms transforms(temperature, softcap, temperatures);
-  const int64_t count = last_row - first_row, base = count > 0 ? row_start[first_row] : 0;
-  const Panels panels(vocab_size);
-  Scratch<int64_t> order(count > 0 ? row_start[last_row] - base : 0);
-  Scratch<RowLabels> own(count);
-  if (!order.data || !own.data) return SVPO_NO_MEMORY;
-  for_each(count, 1024, 16 * N, threads, [&](int64_t i) {
-    own[i] = sort_labels(plan, first_row + i, vocab_size, order.data + row_start[first_row + i] - base);
-  });
-  return for_dtype_and_mode(dtype, transforms.all.mode, [&](auto type, auto tag) {
-    using T = decltype(type);
-    for_each(count * panels.per_row, panels.grain, count * vocab_size, threads, [&](int64_t task) {
-      const int64_t i = panels.row(task), r = first_row + i, from = panels.from(task), to = panels.to(task);
-      T* const target = static_cast<T*>(out) + i * stride_out;
-      if (rows[r] < 0) {
-        memset(static_cast<void*>(target + from), 0, (to - from) * sizeof(T));
-        return;
-      }
-      entropy_gradient_columns<decltype(tag)::mode>(plan, r, own[i], {G[r], E[r]}, g,
-                                                    static_cast<const T*>(z) + i * stride_z, target, label_z0, from, to,
-                                                    transforms.of(r), stats);
-    });
-    return SVPO_OK;
-  });
+  const Tile tile = {z, out, stride_z, stride_out, first_row, last_row, first_column, columns};
+  auto gradient = [&](auto tag, int64_t r, RowLabels own, auto* from_row, auto* to_row, int64_t from, int64_t to) {
+    entropy_gradient_columns<decltype(tag)::mode>(plan, r, own, {G[r], E[r]}, g, from_row, to_row, label_z0, from, to,
+                                                  transforms.of(r), stats);
+  };
+  return for_panels(tile, dtype, transforms.all.mode, plan, vocab_size, threads, gradient);
 }
 
 extern "C" int SVPO_ENTRY(reduce_steps)(const float* logp, const int64_t* step_order, const int64_t* step_start,

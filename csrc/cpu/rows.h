@@ -144,6 +144,14 @@ void finish_row(const Plan& plan, int64_t r, RowLabels own, const T* z0, const f
   to.entropy[r] = static_cast<float>(entropy < 0.0 ? 0.0 : entropy);
 }
 
+// Statistics of a row that is not there: 0 for padding, NaN for one out of range.
+void missing_row(const Plan& plan, int64_t r, const RowStats& to) {
+  const float missing = plan.rows[r] < 0 ? 0.0f : __builtin_nanf("");
+  to.row_max[r] = to.row_logsum[r] = missing;
+  if (to.entropy) to.entropy[r] = missing;
+  for (int64_t n = plan.row_start[r]; n < plan.row_start[r + 1]; ++n) to.logp[n] = missing;
+}
+
 // Of some columns: sums of exp(z - m), of its square and of z with exact labels, the largest z as rounded and the first
 // column that has it.
 struct MoreStats {
@@ -254,11 +262,10 @@ void entropy_gradient_columns(const Plan& plan, int64_t r, RowLabels own, const 
 // -- a range of plan rows ---------------------------------------------------------------------------------------------
 
 // Log-probs and statistics of plan rows [first, last). row(r) points to the logits of plan row r, null where there is
-// none. With `unit` the logits become U = J (onehot(l*) - softmax(z)) while they are still in the cache; `unit_only`
-// takes the statistics as given.
+// none. With `unit` the logits become U = J (onehot(l*) - softmax(z)) while they are still in the cache.
 template <class T, Mode mode, class Row>
 int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, const float* exact, int64_t vocab_size,
-               const RowTransforms& transforms, const RowStats& stats, bool unit, bool unit_only, int threads) {
+               const RowTransforms& transforms, const RowStats& stats, bool unit, int threads) {
   const int64_t count = last - first, base = count ? plan.row_start[first] : 0, work = count * vocab_size;
   if (count <= 0) return SVPO_OK;
   const Panels panels(vocab_size);
@@ -271,7 +278,7 @@ int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, co
     const int64_t i = panels.row(task), r = first + i;
     Partial& sum = partial[task] = {0.0, -__builtin_inff(), 0.0};
     const T* z0 = row(r);
-    if (!z0 || unit_only) return;
+    if (!z0) return;
     const Transform t = transforms.of(r);
     between_labels(plan, labels[i], panels.from(task), panels.to(task),
                    [&](int64_t from, int64_t to) {
@@ -282,14 +289,7 @@ int score_rows(const Plan& plan, int64_t first, int64_t last, const Row& row, co
   };
   auto finish = [&](int64_t i) {
     const int64_t r = first + i;
-    if (unit_only) return;
-    if (!row(r)) {
-      const float missing = plan.rows[r] < 0 ? 0.0f : __builtin_nanf("");
-      stats.row_max[r] = stats.row_logsum[r] = missing;
-      if (stats.entropy) stats.entropy[r] = missing;
-      for (int64_t n = plan.row_start[r]; n < plan.row_start[r + 1]; ++n) stats.logp[n] = missing;
-      return;
-    }
+    if (!row(r)) return missing_row(plan, r, stats);
     Partial sum = {0.0, -__builtin_inff(), 0.0};
     for (int64_t p = 0; p < panels.per_row; ++p) add_partial(sum, partial[i * panels.per_row + p]);
     finish_row(plan, r, labels[i], row(r), exact, sum, transforms.of(r), stats);

@@ -65,7 +65,7 @@ extern "C" int SVPO_ENTRY(step_logps_fwd)(
     const Rows<const T> source = {static_cast<const T*>(logits), B, L, stride_b, stride_l};
     auto row = [&](int64_t r) { return source.has(rows[r]) ? source.row(rows[r]) : nullptr; };
     return score_rows<T, decltype(tag)::mode>(plan, 0, R, row, nullptr, vocab_size, transforms, stats, false,
-                                              false, threads);
+                                              threads);
   });
   if (status != SVPO_OK) return status;
   for (int64_t n = R ? row_start[R] : 0; n < N; ++n) logp[n] = 0.0f;  // padding belongs to no row

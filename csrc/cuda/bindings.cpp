@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   SVPO_BIND(step_logps_bwd);
   SVPO_BIND(label_dots);
   SVPO_BIND(linear_rows);
+  SVPO_BIND(linear_rows_unit);
   SVPO_BIND(linear_row_stats);
   SVPO_BIND(linear_rows_grad);
   SVPO_BIND(reduce_steps);

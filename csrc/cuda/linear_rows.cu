@@ -113,6 +113,25 @@ branch_weight_kernel(W* dweight, float* dbias, const T* h, int64_t V, int64_t D,
   }
 }
 
+// Rows of a chunk or of some of its columns.
+Source tile_of(void* data, int dtype, int64_t stride, int64_t count) {
+  return {data, dtype, count, count > 0 ? count : 1, 0, stride};
+}
+
+// Statistics that are only read.
+Stats given(const float* logp, const float* row_max, const float* row_logsum, const float* entropy) {
+  return {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
+          const_cast<float*>(entropy)};
+}
+
+// The gradient of a tile whose columns are labels counted from its own first.
+int tile_gradient(const Source& source, const Source& target, Plan plan, int64_t first_row, const int64_t* tile_labels,
+                  Options options, const float* row_max, const RowFactors& by, int64_t columns, Queue queue) {
+  plan.labels = tile_labels;
+  options.vocab_size = columns;
+  return gradient(source, target, plan, first_row, nullptr, options, row_max, by, columns, queue);
+}
+
 }  // namespace
 
 extern "C" int svpo_cuda_label_dots(
@@ -135,12 +154,12 @@ extern "C" int svpo_cuda_linear_rows(
     void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, const int64_t* rows,
     const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N, const float* label_z0,
     int64_t vocab_size, double temperature, double softcap, const float* scales, float* logp, float* row_max,
-    float* row_logsum, float* entropy, int unit, int unit_only, int clusters, void* scratch, int64_t scratch_bytes,
-    int device, void* stream) {
+    float* row_logsum, float* entropy, int unit, int clusters, void* scratch, int64_t scratch_bytes, int device,
+    void* stream) {
   const int64_t count = last_row - first_row, partials = panels(dtype, vocab_size, softcap) * count;
   const Queue queue = {device, stream};
   const Plan plan = {rows, row_start, labels, first, R, N};
-  const Source chunk = {z, dtype, count, count > 0 ? count : 1, 0, stride_z};
+  const Source chunk = tile_of(z, dtype, stride_z, count);
   const Options options = {vocab_size, temperature, softcap, label_z0, scales};
   const Stats stats = {logp, row_max, row_logsum, entropy};
   if (scratch_bytes < partials * static_cast<int64_t>(sizeof(Partial)) + (R + N) * 4)
@@ -148,11 +167,11 @@ extern "C" int svpo_cuda_linear_rows(
   Partial* const partial = static_cast<Partial*>(scratch);
   float* const factors = reinterpret_cast<float*>(partial + partials);
   const RowFactors by = {factors, factors + R, nullptr, nullptr};
-  if (unit && !unit_only && clusters) {
+  if (unit && clusters) {
     const int64_t kept = kept_in_cluster(dtype, vocab_size, softcap, count, capability(device), processors(device));
     if (kept) return cluster_rows(chunk, plan, first_row, kept, options, stats, partial, by, queue);
   }
-  int status = unit_only ? SVPO_OK : statistics(chunk, plan, first_row, count, true, options, stats, partial, queue);
+  int status = statistics(chunk, plan, first_row, count, true, options, stats, partial, queue);
   if (status == SVPO_OK && unit)
     status = row_targets(chunk, plan, first_row, count, true, options, stats, nullptr, by, nullptr, queue);
   if (status == SVPO_OK && unit)
@@ -160,26 +179,44 @@ extern "C" int svpo_cuda_linear_rows(
   return status;
 }
 
-extern "C" int svpo_cuda_linear_rows_grad(
-    const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out, int64_t first_row, int64_t last_row,
-    const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first, int64_t R, int64_t N,
-    const float* label_z0, int64_t vocab_size, double temperature, double softcap, const float* scales,
-    const float* logp, const float* row_max, const float* row_logsum, const float* entropy, const float* g,
-    const float* G, const float* E, void* scratch, int64_t scratch_bytes, int device, void* stream) {
-  const int64_t count = last_row - first_row;
+extern "C" int svpo_cuda_linear_rows_unit(
+    void* z, int dtype, int64_t stride_z, int64_t first_row, int64_t last_row, const int64_t* tile_labels,
+    int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels, const int64_t* first,
+    int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature, double softcap,
+    const float* scales, const float* logp, const float* row_max, const float* row_logsum, void* scratch,
+    int64_t scratch_bytes, int device, void* stream) {
   const Queue queue = {device, stream};
   const Plan plan = {rows, row_start, labels, first, R, N};
-  const Source source = {const_cast<void*>(z), dtype, count, count > 0 ? count : 1, 0, stride_z};
-  const Source target = {out, dtype, count, count > 0 ? count : 1, 0, stride_out};
+  const Source tile = tile_of(z, dtype, stride_z, last_row - first_row);
   const Options options = {vocab_size, temperature, softcap, label_z0, scales};
-  const Stats stats = {const_cast<float*>(logp), const_cast<float*>(row_max), const_cast<float*>(row_logsum),
-                       const_cast<float*>(entropy)};
+  if (scratch_bytes < (R + N) * 4) return svpo_cuda_fail("linear_rows_unit", "scratch is too small");
+  float* const factors = static_cast<float*>(scratch);
+  const RowFactors by = {factors, factors + R, nullptr, nullptr};
+  const int status = row_targets(tile, plan, first_row, tile.count, true, options,
+                                 given(logp, row_max, row_logsum, nullptr), nullptr, by, nullptr, queue);
+  if (status != SVPO_OK) return status;
+  return tile_gradient(tile, tile, plan, first_row, tile_labels, options, row_max, by, columns, queue);
+}
+
+extern "C" int svpo_cuda_linear_rows_grad(
+    const void* z, void* out, int dtype, int64_t stride_z, int64_t stride_out, int64_t first_row, int64_t last_row,
+    const int64_t* tile_labels, int64_t columns, const int64_t* rows, const int64_t* row_start, const int64_t* labels,
+    const int64_t* first, int64_t R, int64_t N, const float* label_z0, int64_t vocab_size, double temperature,
+    double softcap, const float* scales, const float* logp, const float* row_max, const float* row_logsum,
+    const float* entropy, const float* g, const float* G, const float* E, void* scratch, int64_t scratch_bytes,
+    int device, void* stream) {
+  const Queue queue = {device, stream};
+  const Plan plan = {rows, row_start, labels, first, R, N};
+  const Source source = tile_of(const_cast<void*>(z), dtype, stride_z, last_row - first_row);
+  const Source target = tile_of(out, dtype, stride_out, last_row - first_row);
+  const Options options = {vocab_size, temperature, softcap, label_z0, scales};
   if (scratch_bytes < (3 * R + N) * 4) return svpo_cuda_fail("linear_rows_grad", "scratch is too small");
   float* const factors = static_cast<float*>(scratch);
   const RowFactors by = {factors, factors + 3 * R, factors + R, factors + 2 * R};
-  const int status = entropy_targets(plan, first_row, count, options, stats, {g, G, E}, by, queue);
+  const int status = entropy_targets(plan, first_row, source.count, options, given(logp, row_max, row_logsum, entropy),
+                                     {g, G, E}, by, queue);
   if (status != SVPO_OK) return status;
-  return gradient(source, target, plan, first_row, nullptr, options, row_max, by, vocab_size, queue);
+  return tile_gradient(source, target, plan, first_row, tile_labels, options, row_max, by, columns, queue);
 }
 
 extern "C" int svpo_cuda_reduce_steps(const float* logp, const int64_t* step_ids, const int64_t* step_order,

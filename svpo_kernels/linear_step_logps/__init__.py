@@ -1,4 +1,4 @@
-"""Log-probs of steps from hidden states and lm_head: reference -> modes -> inputs -> row_kernels ->
+"""Log-probs of steps from hidden states and lm_head: reference -> modes -> walks -> inputs -> row_kernels ->
 branching -> upstream -> head -> shards -> products -> cpu -> (triton_ -> cuda) -> this file.
 
 The (T, V) logits are never made: scored rows are gathered, the products run in chunks, and all that lies between them
@@ -69,10 +69,10 @@ def _fake_fwd(
     R, N = view.rows.shape[0], view.labels.shape[0]
     D = hidden.shape[-1] + (0 if lora_a is None else lora_a.shape[0])
     share = shards.share(o)
-    kept = modes.limits(share.widest, hidden, o).kept
+    limit = modes.limits(share.widest, hidden, o)
     if free_unbacked_symbols(R):
-        kept = int(kept)  # torch 2.6 asks whether min(R, kept) is 0, and cannot tell when both are unknown
-    saved = modes.saved_shape(o.mode, R, D, share.columns, kept)
+        limit = modes.Budget(*map(int, limit))
+    saved = modes.saved_shape(o.mode, R, D, share.columns, limit.kept(R))
     out, *kept_rows = fake_rows(hidden, plan, o.reduction)
     dtypes = {"top1": torch.bool}
     asked = (out.new_empty(N if name in o.stats else 0, dtype=dtypes.get(name, out.dtype)) for name in modes.STATS)

@@ -47,16 +47,16 @@ def call_cost(
     Gradients of the bias and of branching rows' own labels are not products and not counted.
     """
     limit = modes.budget(V, itemsize, logits_budget_mb, device_type, mode)
-    kept = min(R, limit.kept)
+    kept = limit.kept(R)
     head, thin, low = 2 * R * D * V, 2 * R * rank * V, 2 * R * rank * D
-    flops, passes = head + thin + low, 1.0 * R  # z, read once
+    flops, passes = head + thin + low, R  # z, read once
+    if mode != "forward":
+        passes += 2 * R  # read again, and U or the gradient written
     if mode == "frozen":
         flops += head + thin + low
-        passes += R  # U is written over z
     elif mode != "forward":
         again = R - kept
         flops += head * (needs_hidden + needs_weight) + 2 * again * V * (D + rank) + low
         flops += thin * ((needs_hidden or needs_a) + needs_b) + low * (needs_hidden + needs_a)
-        passes += 2 * R if mode == "logits" else kept + 2 * again
-    shape = modes.saved_shape(mode, R, D + rank, V, limit.kept)
-    return Cost(flops, int(passes) * V * itemsize, shape[0] * shape[1] * itemsize)
+    shape = modes.saved_shape(mode, R, D + rank, V, kept)
+    return Cost(flops, passes * V * itemsize, shape[0] * shape[1] * itemsize)

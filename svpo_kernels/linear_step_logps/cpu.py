@@ -30,8 +30,28 @@ def rows_fwd(
     z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
     entropy: Tensor | None, plan: PlanTensors, temperature: float | Tensor, softcap: float, write_unit: bool,
 ) -> None:
-    stats = (label_z0, logp, row_max, row_logsum, entropy)
-    _linear_rows(z, first_row, *stats, plan, temperature, softcap, write_unit, False)
+    _native.cpu().linear_rows(
+        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + z.shape[0], *_rows(plan),
+        label_z0.data_ptr(), z.shape[1], *_transform(temperature, softcap), logp.data_ptr(), row_max.data_ptr(),
+        row_logsum.data_ptr(), _native.pointer(entropy), int(write_unit), _native.threads())
+
+
+def rows_scan(
+    z: Tensor, first_row: int, first_column: int, found: Tensor, plan: PlanTensors, V: int,
+    temperature: float | Tensor, softcap: float, entropy: bool,
+) -> None:
+    _native.cpu().linear_rows_scan(
+        *_tile(z, first_row, first_column), *_rows(plan), V, *_transform(temperature, softcap), int(entropy),
+        found.data_ptr(), _native.threads())
+
+
+def rows_finish(
+    found: Tensor, first_row: int, last_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    entropy: Tensor | None, plan: PlanTensors, V: int, temperature: float | Tensor, softcap: float,
+) -> None:
+    _native.cpu().linear_rows_finish(
+        found.data_ptr(), first_row, last_row, *_rows(plan), label_z0.data_ptr(), V, *_transform(temperature, softcap),
+        logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(), _native.pointer(entropy), _native.threads())
 
 
 def rows_stats(
@@ -45,31 +65,24 @@ def rows_stats(
 
 
 def rows_unit(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float | Tensor, softcap: float,
+    z: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    plan: PlanTensors, V: int, temperature: float | Tensor, softcap: float,
 ) -> None:
-    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, None, plan, temperature, softcap, True, True)
-
-
-def _linear_rows(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-    entropy: Tensor | None, plan: PlanTensors, temperature: float | Tensor, softcap: float, unit: bool, unit_only: bool,
-) -> None:
-    _native.cpu().linear_rows(
-        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + z.shape[0], *_rows(plan),
-        label_z0.data_ptr(), z.shape[1], *_transform(temperature, softcap), logp.data_ptr(), row_max.data_ptr(),
-        row_logsum.data_ptr(), _native.pointer(entropy), int(unit), int(unit_only), _native.threads())
+    _native.cpu().linear_rows_unit(
+        *_tile(z, first_row, first_column), *_rows(plan), label_z0.data_ptr(), V, *_transform(temperature, softcap),
+        logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(), _native.threads())
 
 
 def rows_grad(
-    z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-    entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, temperature: float | Tensor, softcap: float,
+    z: Tensor, out: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor,
+    row_logsum: Tensor, entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, V: int,
+    temperature: float | Tensor, softcap: float,
 ) -> None:
+    pointer, dtype, *tile = _tile(z, first_row, first_column)
     _native.cpu().linear_rows_grad(
-        z.data_ptr(), out.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), out.stride(0), first_row,
-        first_row + z.shape[0], *_rows(plan), label_z0.data_ptr(), z.shape[1], *_transform(temperature, softcap),
-        logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(), entropy.data_ptr(), g.data_ptr(), G.data_ptr(),
-        E.data_ptr(), _native.threads())
+        pointer, out.data_ptr(), dtype, tile[0], out.stride(0), *tile[1:], *_rows(plan), label_z0.data_ptr(), V,
+        *_transform(temperature, softcap), logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
+        entropy.data_ptr(), g.data_ptr(), G.data_ptr(), E.data_ptr(), _native.threads())
 
 
 def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:
@@ -112,6 +125,13 @@ def branch_weight(
         terms.data_ptr(), h.shape[0], terms.shape[0], _native.threads())
 
 
+def _tile(z: Tensor, first_row: int, first_column: int) -> tuple[int, ...]:
+    """z, columns of all V from first_column on, as the native code takes it."""
+    count, columns = z.shape
+    rows = first_row, first_row + count
+    return z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), *rows, first_column, columns
+
+
 def _transform(temperature: float | Tensor, softcap: float) -> tuple[float, float, int]:
     """Temperature and softcap of all rows, and the rows' own temperatures, as the native code takes them."""
     return (1.0, softcap, temperature.data_ptr()) if isinstance(temperature, Tensor) else (temperature, softcap, 0)
@@ -126,6 +146,7 @@ def _rows(plan: PlanTensors) -> tuple[int, ...]:
 KERNELS = RowKernels(
     label_dots=label_dots, rows_fwd=rows_fwd, rows_stats=rows_stats, rows_unit=rows_unit, rows_grad=rows_grad,
     reduce_steps=reduce_steps, row_grads=row_grads, branch_hidden=branch_hidden, branch_weight=branch_weight,
+    rows_scan=rows_scan, rows_finish=rows_finish,
 )
 linear_step_logps_fwd, linear_step_logps_bwd = products.raw_ops(KERNELS)
 linear_top_k = top_k.raw_op(KERNELS)

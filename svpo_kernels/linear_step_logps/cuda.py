@@ -38,8 +38,14 @@ def rows_fwd(
     z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
     entropy: Tensor | None, plan: PlanTensors, temperature: float | Tensor, softcap: float, write_unit: bool,
 ) -> None:
-    stats = (label_z0, logp, row_max, row_logsum, entropy)
-    _linear_rows(z, first_row, *stats, plan, temperature, softcap, write_unit, False)
+    count, V = z.shape
+    scaling = _scaling(temperature, softcap)
+    room = scratch(z, panel_bytes(count, V) + 4 * (plan.rows.shape[0] + plan.labels.shape[0]))
+    _native.cuda().linear_rows(
+        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + count, *_rows(plan),
+        label_z0.data_ptr(), V, *scaling[:3], logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
+        _native.pointer(entropy), int(write_unit), int(CLUSTERS), room.data_ptr(), room.numel(),
+        *_native.device_and_stream(z))
 
 
 def rows_stats(
@@ -54,37 +60,29 @@ def rows_stats(
 
 
 def rows_unit(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float | Tensor, softcap: float,
+    z: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    plan: PlanTensors, V: int, temperature: float | Tensor, softcap: float,
 ) -> None:
-    _linear_rows(z, first_row, label_z0, logp, row_max, row_logsum, None, plan, temperature, softcap, True, True)
-
-
-def _linear_rows(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-    entropy: Tensor | None, plan: PlanTensors, temperature: float | Tensor, softcap: float, unit: bool, unit_only: bool,
-) -> None:
-    count, V = z.shape
-    scaling = _scaling(temperature, softcap)
-    room = scratch(z, panel_bytes(count, V) + 4 * (plan.rows.shape[0] + plan.labels.shape[0]))
-    _native.cuda().linear_rows(
-        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + count, *_rows(plan),
-        label_z0.data_ptr(), V, *scaling[:3], logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(),
-        _native.pointer(entropy), int(unit), int(unit_only), int(CLUSTERS), room.data_ptr(), room.numel(),
-        *_native.device_and_stream(z))
+    scaling, here = _scaling(temperature, softcap), plan.labels_from(first_column)
+    room = scratch(z, 4 * (plan.rows.shape[0] + plan.labels.shape[0]))
+    _native.cuda().linear_rows_unit(
+        z.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), first_row, first_row + z.shape[0], here.data_ptr(),
+        z.shape[1], *_rows(plan), label_z0.data_ptr(), V, *scaling[:3], logp.data_ptr(), row_max.data_ptr(),
+        row_logsum.data_ptr(), room.data_ptr(), room.numel(), *_native.device_and_stream(z))
 
 
 def rows_grad(
-    z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-    entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, temperature: float | Tensor, softcap: float,
+    z: Tensor, out: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor,
+    row_logsum: Tensor, entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, V: int,
+    temperature: float | Tensor, softcap: float,
 ) -> None:
-    scaling = _scaling(temperature, softcap)
+    scaling, here = _scaling(temperature, softcap), plan.labels_from(first_column)
     room = scratch(z, 4 * (3 * plan.rows.shape[0] + plan.labels.shape[0]))
     _native.cuda().linear_rows_grad(
         z.data_ptr(), out.data_ptr(), _native.DTYPES[z.dtype], z.stride(0), out.stride(0), first_row,
-        first_row + z.shape[0], *_rows(plan), label_z0.data_ptr(), z.shape[1], *scaling[:3], logp.data_ptr(),
-        row_max.data_ptr(), row_logsum.data_ptr(), entropy.data_ptr(), g.data_ptr(), G.data_ptr(), E.data_ptr(),
-        room.data_ptr(), room.numel(), *_native.device_and_stream(z))
+        first_row + z.shape[0], here.data_ptr(), z.shape[1], *_rows(plan), label_z0.data_ptr(), V, *scaling[:3],
+        logp.data_ptr(), row_max.data_ptr(), row_logsum.data_ptr(), entropy.data_ptr(), g.data_ptr(), G.data_ptr(),
+        E.data_ptr(), room.data_ptr(), room.numel(), *_native.device_and_stream(z))
 
 
 def reduce_steps(logp: Tensor, plan: PlanTensors, reduction: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `linear_step_logps` keeps between forward and backward, and how it is cut into chunks. Pure functions.
+"""What `linear_step_logps` keeps between forward and backward, and how much of it. Pure functions.
 
 | mode    | when                                    | products       | kept                                        |
 | ------- | --------------------------------------- | -------------- | ------------------------------------------- |
@@ -34,6 +34,10 @@ MODES = ("forward", "frozen", "store", "logits")
 MOST_ROWS = 4096  # a longer chunk does not make the products any faster
 NO_LIMIT = 2**40  # MiB; float("inf") has no int
 LEAST_ROWS = {"cuda": 256, "cpu": 64}  # fewer rows leave the matrix units waiting for the weight
+# How many times the budget's rows a call may have before none of them is kept. Every kept row saves a product, but on a
+# CPU the tiles of the others are the slower for what it takes from scratch (walks.py): three quarters of a third of the
+# rows save 6 % of four products.
+SOME_KEPT = {"cuda": 2**20, "cpu": 3}
 
 
 class Options(NamedTuple):
@@ -97,25 +101,41 @@ def mode(
 
 
 class Budget(NamedTuple):
-    """Rows of (rows, V) memory: how many U may be kept, and how many a chunk may have beside them."""
+    """(rows, V) memory of a call, in rows. Up to `whole` rows are all kept, more of them `some`, beyond `most` none."""
 
-    kept: int
-    chunk: int
+    rows: int
+    whole: int
+    some: int
+    most: int
+    least: int
+
+    def kept(self, R: Any) -> Any:
+        """How many of R rows are kept. R may be symbolic: it decides no branch, so compiled graphs are free of it."""
+        return torch.sym_min(R, torch.sym_max(_up_to(self.whole, R, self.whole), _up_to(self.most, R, self.some)))
+
+    def scratch(self, R: int) -> int:
+        """Rows at a time beside the kept ones: at least `least`, even when the budget is smaller."""
+        return min(max(self.rows - self.kept(R), self.least), MOST_ROWS)
+
+
+def _up_to(limit: int, R: Any, value: int) -> Any:
+    """value where R <= limit, else 0."""
+    return torch.sym_min(value, torch.sym_max(0, (limit + 1 - R) * value))
 
 
 def budget(V: int, itemsize: int, logits_budget_mb: float, device_type: str, mode: str) -> Budget:
-    """Split `logits_budget_mb` (MiB) between kept rows and scratch rows; free of R, so that compiled graphs are too.
+    """Split `logits_budget_mb` (MiB) between kept rows and scratch rows.
 
-    V: columns of the widest shard, so that every process cuts alike. A chunk is at most MOST_ROWS and at least
-    LEAST_ROWS rows, even when the budget is smaller. Where (rows, V) is kept a quarter of the budget stays scratch for
-    the rows beyond it; in store mode, when all rows can be kept, that quarter is never allocated.
+    V: columns of the widest shard, so that every process cuts alike. Where some rows are kept a quarter of the budget
+    stays scratch for the others; where all are, U needs none, but a gradient made from kept z does.
     """
     least = LEAST_ROWS.get(device_type, LEAST_ROWS["cuda"])
     rows = int(min(logits_budget_mb, NO_LIMIT) * 2**20) // max(1, V * itemsize)
     if mode not in ("store", "logits"):
-        return Budget(0, min(max(rows, least), MOST_ROWS))
-    chunk = min(max(rows // 4, least), MOST_ROWS)
-    return Budget(max(0, rows - chunk), chunk)
+        return Budget(rows, 0, 0, 0, least)
+    some = max(0, rows - min(max(rows // 4, least), MOST_ROWS))
+    times = SOME_KEPT.get(device_type, SOME_KEPT["cuda"])
+    return Budget(rows, rows if mode == "store" else some, some, rows * times, least)
 
 
 def limits(V: int, h: Tensor, o: Options) -> Budget:
@@ -123,22 +143,8 @@ def limits(V: int, h: Tensor, o: Options) -> Budget:
     return budget(V, h.element_size(), o.logits_budget_mb, h.device.type, o.mode)
 
 
-def saved_shape(mode: str, R: Any, D: Any, V: Any, kept: int) -> tuple[Any, Any]:
+def saved_shape(mode: str, R: Any, D: Any, V: Any, kept: Any) -> tuple[Any, Any]:
     """Shape of what is kept between forward and backward; R may be symbolic. D counts low-rank columns too."""
     if mode == "frozen":
         return R, D
-    return (torch.sym_min(R, kept), V) if mode in ("store", "logits") else (0, V)
-
-
-def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """[start, stop) cut into as few equal pieces of at most `size` rows as possible."""
-    rows = stop - start
-    count = -(-rows // size) if rows > 0 else 0
-    edges = [start + rows * i // count for i in range(count + 1)] if count else [start]
-    return list(zip(edges, edges[1:], strict=False))
-
-
-def parts(R: int, kept: int, chunk: int, mode: str) -> list[tuple[int, int]]:
-    """Rows that a backward multiplies with at a time: all kept U at once, but a gradient made from z needs scratch."""
-    first = chunks(0, kept, chunk) if mode == "logits" else [(0, kept)] if kept else []
-    return first + chunks(kept, R, chunk)
+    return (kept, V) if mode in ("store", "logits") else (0, V)

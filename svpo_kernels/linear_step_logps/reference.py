@@ -48,7 +48,7 @@ def linear_step_logps_fwd(
     logp = row_logps(z, view)
     D = h.shape[1] + (0 if lora_a is None else lora_a.shape[0])
     share = shards.share(o)
-    kept = modes.limits(share.widest, h, o).kept
+    kept = modes.limits(share.widest, h, o).kept(h.shape[0])
     saved = h.new_zeros(modes.saved_shape(o.mode, h.shape[0], D, share.columns, kept))
     row_max, row_logsum = row_statistics(z)
     stats = Stats(torch.zeros_like(logp), logp, row_max, row_logsum, row_entropy(z) if o.entropy else None)

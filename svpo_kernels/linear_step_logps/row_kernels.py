@@ -29,11 +29,12 @@ class RowKernels(NamedTuple):
     # (z, first_row, label_z0, row_max, sums, squares, total, top, top_at, plan, temperature, softcap) -> None
     #   fills the MoreStats of these rows; row_max may be that of more columns; z is kept
     rows_stats: Callable[..., None]
-    # (z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap) -> None
-    #   z becomes U, bitwise as above
+    # (z, first_row, first_column, label_z0, logp, row_max, row_logsum, plan, V, temperature, softcap) -> None
+    #   z, columns of all V from first_column on, becomes U, bitwise as above
     rows_unit: Callable[..., None]
-    # (z, out, first_row, label_z0, logp, row_max, row_logsum, entropy, g, G, E, plan, temperature, softcap) -> None
-    #   out, which may be z, = the whole gradient, upstreams of the entropies E (R,) included:
+    # (z, out, first_row, first_column, label_z0, logp, row_max, row_logsum, entropy, g, G, E, plan, V, temperature,
+    #  softcap) -> None
+    #   out, which may be z, = the whole gradient of such a tile, upstreams of the entropies E (R,) included:
     #   J (sum_n g_n onehot(l_n) - p (G + E (log p + entropy))); where p = 0 that is 0, -inf logits included
     rows_grad: Callable[..., None]
     # (logp, plan, reduction) -> (S,) or (N,)
@@ -46,6 +47,12 @@ class RowKernels(NamedTuple):
     # (dweight or None, dbias or None, h, terms, plan) -> None, adds in fixed order
     #   dW[l_n] += terms[n] h (and db without h); terms of 0 are passed over
     branch_weight: Callable[..., None]
+    # (z, first_row, first_column, found, plan, V, temperature, softcap, entropy) -> None
+    #   adds the columns of such a tile to found (R, 3) fp64; that of column 0 comes first and starts anew
+    rows_scan: Callable[..., None] | None = None
+    # (found, first_row, last_row, label_z0, logp, row_max, row_logsum, entropy, plan, V, temperature, softcap) -> None
+    #   fills the statistics of these rows as rows_fwd does. Where a backend has neither a forward goes by rows
+    rows_finish: Callable[..., None] | None = None
 
 
 class Stats(NamedTuple):

@@ -157,12 +157,13 @@ class Shard:
         inside = (self.labels >= 0) & (self.labels < self.share.columns)
         self.is_here = self.scored & (plan.first == self.n) & inside
         self.here = Labels.choose(plan, self.labels, self.is_here)
+        self.joined = False  # whether label_z0 is that of all shards
 
     def row_kernels(self) -> RowKernels:
         return self.kernels._replace(
             label_dots=self.label_dots, rows_fwd=self.rows_fwd, rows_stats=self.rows_stats,
             rows_unit=self.rows_unit, rows_grad=self.rows_grad, branch_hidden=self.branch_hidden,
-            branch_weight=self.branch_weight,
+            branch_weight=self.branch_weight, rows_scan=None, rows_finish=None,
         )
 
     def label_dots(self, h: Tensor, weight: Tensor, bias: Tensor | None, plan: PlanTensors) -> Tensor:
@@ -191,14 +192,16 @@ class Shard:
         else:
             m.fill_(-torch.inf)
         part = slice(first_row, first_row + z.shape[0])
-        found = self._join(m[part], log_s[part], H[part], label_z0, with_labels=first_row == 0)
+        found = self._join(m[part], log_s[part], H[part], label_z0, with_labels=not self.joined)
+        self.joined = True
         stats = (row_max, row_logsum) if entropy is None else (row_max, row_logsum, entropy)
         for to, values in zip(stats, found, strict=False):
             to[part] = values.masked_fill(plan.rows[part] < 0, 0.0)
         in_part = (self.row >= part.start) & (self.row < part.stop) & self.scored
         logp.copy_(torch.where(in_part, self._logps(label_z0, row_max, row_logsum), logp))
         if write_unit:
-            self.rows_unit(z, first_row, label_z0, logp, row_max, row_logsum, plan, temperature, softcap)
+            tile = (z, first_row, 0, label_z0, logp, row_max, row_logsum)
+            self.rows_unit(*tile, plan, z.shape[1], temperature, softcap)
 
     def _join(
         self, own_m: Tensor, own_log_s: Tensor, own_H: Tensor, label_z0: Tensor, with_labels: bool
@@ -241,24 +244,25 @@ class Shard:
         self.kernels.rows_stats(z, first_row, *given, self.here.plan, *transform)
 
     def rows_unit(
-        self, z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-        plan: PlanTensors, *transform: Any,
+        self, z: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor,
+        row_logsum: Tensor, plan: PlanTensors, V: int, *transform: Any,
     ) -> None:
         """Only l* stands out in U, and only where it lives: other labels are columns like any."""
         if self.share.columns:
             likely = likeliest(logp, plan, self.o.vocab_size)
             own = Labels.choose(plan, self.labels, self.is_here & (likely[self.row] == self.n))
             given = (own.pick(label_z0), own.pick(logp), row_max, row_logsum)
-            self.kernels.rows_unit(z, first_row, *given, own.plan, *transform)
+            self.kernels.rows_unit(z, first_row, first_column, *given, own.plan, V, *transform)
 
     def rows_grad(
-        self, z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor,
-        row_logsum: Tensor, entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, *transform: Any,
+        self, z: Tensor, out: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor,
+        row_max: Tensor, row_logsum: Tensor, entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors,
+        V: int, *transform: Any,
     ) -> None:
         if self.share.columns:
             pick = self.here.pick
             given = (pick(label_z0), pick(logp), row_max, row_logsum, entropy, pick(g), G, E)
-            self.kernels.rows_grad(z, out, first_row, *given, self.here.plan, *transform)
+            self.kernels.rows_grad(z, out, first_row, first_column, *given, self.here.plan, V, *transform)
 
     def branch_hidden(
         self, uw: Tensor, weight: Tensor, terms: Tensor, G: Tensor, plan: PlanTensors, first_row: int

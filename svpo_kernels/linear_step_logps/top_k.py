@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _memory
 from ..plan import PlanTensors, gather_rows
-from . import modes, ties
+from . import modes, ties, walks
 from .branching import capped
 from .head import Head
 from .row_kernels import RowKernels
@@ -54,10 +54,10 @@ def top_k(
     row_max, row_logsum = (torch.zeros(R, dtype=torch.float32, device=h.device) for _ in range(2))
     # beside a row of z, the keys of a slice and what topk makes of them: at most four times 8 bytes a column
     width = vocab_size + 32 * min(SLICE, vocab_size) // h.element_size()
-    chunk = modes.budget(width, h.element_size(), logits_budget_mb, h.device.type, o.mode).chunk
+    chunk = modes.budget(width, h.element_size(), logits_budget_mb, h.device.type, o.mode).scratch(R)
     buffer = _memory.empty(h, (min(R, chunk), vocab_size)).tensor
     best = torch.zeros(R, k, dtype=torch.int64, device=h.device)
-    for start, stop in modes.chunks(0, R, chunk):
+    for start, stop in walks.chunks(0, R, chunk):
         z = buffer[: stop - start]
         head.product(h[start:stop], None if low is None else low[start:stop], out=z)
         kernels.rows_fwd(z, start, spare, spare.clone(), row_max, row_logsum, None, view, *o.transform, False)
@@ -72,7 +72,7 @@ def top_k(
 def largest(z: Tensor, k: int) -> Tensor:
     """(c, V) -> (c, k) keys of the largest, in descending order."""
     best = None
-    for first, last in modes.chunks(0, z.shape[1], SLICE):
+    for first, last in walks.chunks(0, z.shape[1], SLICE):
         found = ties.keys(z[:, first:last], torch.arange(first, last, device=z.device))
         found = found.topk(min(k, last - first), -1).values
         best = found if best is None else torch.cat([best, found], -1)

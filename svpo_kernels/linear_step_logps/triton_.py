@@ -63,24 +63,24 @@ def rows_fwd(
     if entropy is not None:
         _rows_entropy(z, first_row, logp, row_max, row_logsum, entropy, plan, *options)
     if write_unit:
-        rows_unit(z, first_row, label_z0, logp, row_max, row_logsum, plan, *options)
+        rows_unit(z, first_row, 0, label_z0, logp, row_max, row_logsum, plan, z.shape[1], *options)
 
 
 def rows_unit(
-    z: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor, plan: PlanTensors,
-    temperature: float | Tensor, softcap: float,
+    z: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
+    plan: PlanTensors, V: int, temperature: float | Tensor, softcap: float,
 ) -> None:
     mode, split, inverse, scales, own = _triton.scaling(temperature, softcap, row_max)
-    count, V = z.shape
+    count, columns = z.shape
     targets, factors = torch.empty_like(logp), torch.empty_like(row_max)
     launch(
         rows_unit_kernel, (cdiv(count, ROWS),), z, plan.rows, plan.row_start, plan.labels, plan.first, label_z0, logp,
         row_logsum, scales, targets, factors, first_row, count, V, *split, inverse, MODE=mode, SCALES=own, ROWS=ROWS,
         warps=ROW_WARPS,
     )
-    owner = _own(plan).rows[first_row : first_row + count]
-    source = Source.of(z)
-    launch_gradient(source, source, owner, plan, targets, factors, row_max, V, V, temperature, softcap)
+    here = _own(plan)._replace(labels=plan.labels_from(first_column))
+    source, owner = Source.of(z), here.rows[first_row : first_row + count]
+    launch_gradient(source, source, owner, here, targets, factors, row_max, columns, columns, temperature, softcap)
 
 
 def _rows_entropy(
@@ -128,13 +128,14 @@ def rows_stats(
 
 
 def rows_grad(
-    z: Tensor, out: Tensor, first_row: int, label_z0: Tensor, logp: Tensor, row_max: Tensor, row_logsum: Tensor,
-    entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, temperature: float | Tensor, softcap: float,
+    z: Tensor, out: Tensor, first_row: int, first_column: int, label_z0: Tensor, logp: Tensor, row_max: Tensor,
+    row_logsum: Tensor, entropy: Tensor, g: Tensor, G: Tensor, E: Tensor, plan: PlanTensors, V: int,
+    temperature: float | Tensor, softcap: float,
 ) -> None:
     mode, split, inverse, scales, own = _triton.scaling(temperature, softcap, row_max)
-    source, target, (count, V) = Source.of(z), Source.of(out), z.shape
-    span = _triton.span(V, mode)
-    spans = cdiv(V, span.columns)
+    source, target, (count, columns) = Source.of(z), Source.of(out), z.shape
+    span = _triton.span(columns, mode)
+    spans = cdiv(columns, span.columns)
     targets = torch.empty_like(logp)
     launch(
         rows_grad_labels_kernel, (cdiv(count, ROWS),), z, plan.rows, plan.row_start, plan.labels, plan.first, label_z0,
@@ -144,9 +145,10 @@ def rows_grad(
     programs = _triton.programs_per_row(count, spans, _triton.processors(z.device))
     launch(
         rows_grad_kernel, (count, programs) if spans else (0,), z, z, out, source.stride_l, target.stride_l, plan.rows,
-        plan.row_start, plan.labels, targets, row_max, row_logsum, entropy, G, E, scales, first_row, V, spans, *split,
-        inverse, MODE=mode, SCALES=own, BLOCK=span.columns, ALIGN=min(source.align, target.align),
-        LIMIT_ALIGN=min(source.limit(V), target.limit(V)), warps=span.warps, maxnreg=_triton.entropy_registers(span),
+        plan.row_start, plan.labels_from(first_column), targets, row_max, row_logsum, entropy, G, E, scales, first_row,
+        columns, spans, *split, inverse, MODE=mode, SCALES=own, BLOCK=span.columns,
+        ALIGN=min(source.align, target.align), LIMIT_ALIGN=min(source.limit(columns), target.limit(columns)),
+        warps=span.warps, maxnreg=_triton.entropy_registers(span),
     )
 
 

@@ -47,8 +47,9 @@ class Upstream(NamedTuple):
             G, terms = G - L, terms + likely_terms(L, *given, plan, o.vocab_size, *o.transform)
         return cls(g, G, None, terms)
 
-    def scaled(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        return rows[start:stop] if self.E is not None else (rows[start:stop] * self.G[start:stop, None]).to(rows.dtype)
+    def scaled(self, rows: Tensor) -> Tensor:
+        """(R, X) rows with the factor in front of U."""
+        return rows if self.E is not None else (rows * self.G[:, None]).to(rows.dtype)
 
     def apply(self, kernels: RowKernels, uw: Tensor, weight: Tensor, plan: PlanTensors) -> Tensor:
         """Rows of dz0 W from those of U W."""
