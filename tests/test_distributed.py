@@ -13,6 +13,7 @@ from training_ import relative_error
 
 RUNS = [
     {"max_steps": 2, "max_tokens": 150, "optim": "sgd"},  # a number of packs that two processes cannot share evenly
+    {"max_steps": 2, "packing": "stream", "optim": "sgd"},  # whole trees, unequal numbers of segments
     {"max_steps": 1, "pairs_per_step": 1},  # one process has nothing but an empty pack
     {"max_steps": 3, "max_tokens": 100, "optim": "sgd", "objective": "policy", "preset": "grpo",
      "entropy_weight": 0.01},
