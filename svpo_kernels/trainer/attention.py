@@ -13,11 +13,12 @@ from torch import nn
 
 from svpo_kernels import dispatch
 from svpo_kernels.models import text_config, unwrap
-from svpo_kernels.trees.attention import unpackable
+from svpo_kernels.trees.attention import BY_POSITIONS, unmixed, unpackable
+from svpo_kernels.trees.flops import EXACT
 from svpo_kernels.trees.layers import TREE, use_tree_attention
 
 AUTO = "auto"
-FLASH = "flash_attention"  # its versions follow
+UNBOUNDED = 1 << 40  # tokens of a path
 
 
 def to_load(config: Any) -> str | None:
@@ -42,7 +43,7 @@ def settle(config: Any, lm: nn.Module) -> str:
     elif asked is not None and text_config(inner)._attn_implementation != asked:
         inner.set_attn_implementation(asked)
     chosen = text_config(inner)._attn_implementation
-    if chosen.startswith(FLASH):
+    if chosen in BY_POSITIONS:
         why += "; sequences without a branch only: packed trees need svpo_tree, sdpa, eager or flex_attention"
     return f"attention: {chosen} ({why})"
 
@@ -64,3 +65,11 @@ def why_not_tree(config: Any, lm: nn.Module) -> str | None:
     if dispatch.resolve("tree_attention", "auto", config.device, inner.dtype) == "reference":
         return f"which has no kernel for {str(inner.dtype).removeprefix('torch.')} on {device}"
     return None
+
+
+def runs_chains(lm: nn.Module) -> bool:
+    """Whether sequences run without padding, as chains in one row: where attention costs what is seen and nothing else
+    crosses rows. RoPE that depends on the length of a run keeps its padded batches."""
+    inner = unwrap(lm)
+    fits = text_config(inner)._attn_implementation in (*EXACT, *BY_POSITIONS)
+    return fits and unmixed(inner, (1, UNBOUNDED)) is None

@@ -1,6 +1,7 @@
 """The three ways to run the pairs of an optimizer step: as packed trees, as distinct sequences, or naively as pairs.
 
-All three give the same loss and gradients; the second and third are padded sequences under the model's own mask.
+All three give the same loss and gradients; the second and third are padded sequences under the model's own mask, or,
+under an attention that is exact for trees, chains in one row without padding.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from svpo_kernels.plan import StepPlan
+from svpo_kernels.trees.chains import without_padding
 from svpo_kernels.trees.packing import StepBatch, distinct_batch, pack_trees
 from svpo_kernels.trees.tree import StepTree
 
 
 def build_batches(packing: str, trees: Sequence[StepTree], pairs: Sequence[np.ndarray], sft: Sequence[np.ndarray],
-                  max_tokens: int, values: str) -> list[StepBatch]:
-    """Batches of at most max_tokens tokens, padding counted, over some trees.
+                  max_tokens: int, values: str, padded: bool = True) -> list[StepBatch]:
+    """Batches of at most max_tokens tokens, padding counted where it is made, over some trees.
 
     packing: "tree", "distinct" or "pairs". pairs: per tree (P, 2) node indices; sft: per tree node indices; values as
     in `pack_trees`. A tree without pairs is run for its values and SFT steps.
@@ -27,7 +29,7 @@ def build_batches(packing: str, trees: Sequence[StepTree], pairs: Sequence[np.nd
         return pack_trees(trees, pairs, max_tokens=max_tokens, values=values, sft=sft)
     batches = []
     started: set[int] = set()
-    for part in _parts(trees, pairs, max_tokens, distinct=packing == "distinct"):
+    for part in _parts(trees, pairs, max_tokens, packing == "distinct", padded):
         groups = _by_tree(part) if packing == "distinct" else [(tree, [row]) for tree, row in part]
         pieces = []
         for tree, rows in groups:
@@ -39,26 +41,28 @@ def build_batches(packing: str, trees: Sequence[StepTree], pairs: Sequence[np.nd
                                    sft=[sft[tree] if first else []])
             piece["node_of_step"][:, 0] = tree
             pieces.append(piece)
-        batches.append(join(pieces))
+        batches.append(join(pieces) if padded else without_padding(join(pieces)))
     return batches
 
 
 def _parts(trees: Sequence[StepTree], pairs: Sequence[np.ndarray], max_tokens: int,
-           distinct: bool) -> Iterator[list[tuple[int, int]]]:
-    """Runs of (tree, pair or -1) whose padded sequences hold at most max_tokens tokens, at least one item each."""
+           distinct: bool, padded: bool) -> Iterator[list[tuple[int, int]]]:
+    """Runs of (tree, pair or -1) whose sequences hold at most max_tokens tokens, at least one item each."""
     part: list[tuple[int, int]] = []
     held: list[tuple[int, int]] = []  # (tree, node) of the sequences
-    longest = 0
+    longest = tokens = 0
     for tree, rows in enumerate(pairs):
         items = [(row, list(pair)) for row, pair in enumerate(rows.tolist())] or [(-1, list(range(len(trees[tree]))))]
         for row, nodes in items:
             ends = [(tree, node) for node in nodes]
             grown = list(dict.fromkeys(held + ends)) if distinct else held + ends
-            reach = max(longest, *(trees[tree].length[node] for node in nodes))
-            if part and len(grown) * reach > max_tokens:
+            own = [trees[tree].length[node] for node in nodes]
+            reach = max(longest, *own)
+            more = tokens + sum(trees[t].length[node] for t, node in grown[len(held):])
+            if part and (len(grown) * reach if padded else more) > max_tokens:
                 yield part
-                part, grown, reach = [], ends, max(trees[tree].length[node] for node in nodes)
-            part, held, longest = [*part, (tree, row)], grown, reach
+                part, grown, reach, more = [], ends, max(own), sum(own)
+            part, held, longest, tokens = [*part, (tree, row)], grown, reach, more
     if part:
         yield part
 

@@ -53,6 +53,7 @@ class PackSettings:
     visit_smoothing: bool = False
     gains: bool = False  # labelled steps come with the gain in value that they make
     trials: bool = False  # labelled steps count as often as they were visited
+    padded: bool = True  # distinct sequences and pairs are padded, not chains in one row
     once: bool = False  # a node's value counts in one step of the epoch only, not in every step that has its pairs
 
 
@@ -235,7 +236,7 @@ class EpochPlanner:
         batches = build_batches(settings.packing, [tree for tree, _ in cut],
                                 [np.searchsorted(kept, rows) for (_, kept), rows in zip(cut, pairs, strict=True)],
                                 [np.searchsorted(kept, own) for (_, kept), own in zip(cut, sft, strict=True)],
-                                settings.max_tokens, settings.values)
+                                settings.max_tokens, settings.values, settings.padded)
         for batch in batches:
             nodes = batch["node_of_step"]
             for place, (_, kept) in enumerate(cut):

@@ -26,24 +26,32 @@ class PreparingMixin:
 
     def check_packing(self) -> None:
         """Compare one path of the first batch with its separate run; refuse, or fall back to distinct if asked."""
+        packing = self.settings.packing
         checks = {"tree": check_packing, "stream": check_streaming}
-        if self._packing_checked or self.settings.packing not in checks or self.planner is None:
+        chains = packing not in checks and not self.settings.padded
+        if self._packing_checked or self.planner is None or not (chains or packing in checks):
             return
         model = self.accelerator.unwrap_model(self.model)
         batch = self.planner.packs(0, 0)[0]["batch"].to(self.args.device)
         try:
             with self._mode(model, True), self.accelerator.autocast():  # as in training: dropout is looked for
-                checks[self.settings.packing](model.causal_lm, batch)
+                checks.get(packing, check_packing)(model.causal_lm, batch)
         except PackingError as error:
-            if self.config.packing_fallback != "distinct":
+            if chains:
+                self._replan(f"falling back to padded sequences: {error}", padded=True)
+            elif self.config.packing_fallback != "distinct":
                 raise PackingError(
                     f"{error}. Set packing=distinct (each distinct sequence once, under the model's own mask), or "
                     "packing_fallback=distinct to do so by itself"
-                    + ("; packing=stream runs models with a state" if self.settings.packing == "tree" else "")
+                    + ("; packing=stream runs models with a state" if packing == "tree" else "")
                 ) from error
-            print(f"svpo train: falling back to packing=distinct: {error}")
-            self.settings = self.planner.settings = replace(self.settings, packing="distinct")
+            else:
+                self._replan(f"falling back to packing=distinct: {error}", packing="distinct", padded=True)
         self._packing_checked = True
+
+    def _replan(self, said: str, **changes: Any) -> None:
+        print(f"svpo train: {said}")
+        self.settings = self.planner.settings = replace(self.settings, **changes)
 
     def prepare_reference(self, data: TrainData | None) -> None:
         """Set every referenced node's log-probs: given with the data, cached on disk, or computed now. So are those of

@@ -289,9 +289,9 @@ def savings(trainer: SVPOTrainer) -> str:
     """What the packs of the first optimizer step save, counted, and what bounds it."""
     batches = [pack["batch"] for pack in trainer.planner.packs(0, 0)]
     pairwise, distinct = (sum(batch[name] for batch in batches) for name in ("pairwise_tokens", "distinct_tokens"))
-    packed = sum(batch.input_ids.numel() for batch in batches)
-    run = {"tree": packed, "stream": packed, "distinct": distinct, "pairs": pairwise}
-    tokens, data = run[trainer.settings.packing], trainer.train_data
+    padded = {"distinct": distinct, "pairs": pairwise} if trainer.settings.padded else {}
+    tokens = padded.get(trainer.settings.packing, sum(batch.input_ids.numel() for batch in batches))
+    data = trainer.train_data
     twice = " (forward twice: 4/3 of a pack's FLOPs a token)" if trainer.settings.packing == "stream" else ""
     trees = len({tree for batch in batches for tree in batch.node_of_step[:, 0].tolist()})
     what = f"{data.num_pairs / max(1, len(data.trees)):.1f} pairs" if data.num_pairs else "steps, no pairs,"

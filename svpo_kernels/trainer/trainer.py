@@ -26,6 +26,7 @@ from svpo_kernels.trees.cuts import MaxTokens
 from svpo_kernels.trees.packing import StepBatch
 
 from . import checkpoint, not_finite, resume, run_state
+from .attention import runs_chains
 from .config import SVPOConfig
 from .metrics import LENGTH, Sums, as_vector, means
 from .model import StepModel
@@ -76,7 +77,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
             packing=args.packing, max_tokens=args.max_tokens, values=args.values, pairs_per_step=args.pairs_per_step,
             min_packs=self.config.gradient_accumulation_steps, world_size=args.world_size,
             visit_smoothing=args.visit_smoothing, trials=args.label_trials,
-            gains=args.objective == "dvo",
+            gains=args.objective == "dvo", padded=not runs_chains(model.causal_lm),
         )
         self.ref_model, self.watch = ref_model, watch or (lambda items, title: items)
         self.train_data, self.eval_data = train_data, eval_data
@@ -243,10 +244,12 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         if "flops" not in pack:
             config = self.accelerator.unwrap_model(self.model).config
             count = flops.count_flops(config, pack["batch"], flops.attention_kind(config))
-            run = {"tree": count.packed, "distinct": count.distinct, "pairs": count.pairwise}
+            run = {"distinct": count.distinct, "pairs": count.pairwise}.get(pack["packing"], count.packed)
             if pack["packing"] == "stream":
-                run["stream"] = flops.stream_flops(config, pack["batch"], self.args.gradient_checkpointing)
-            pack["flops"] = (run[pack["packing"]], count.pairwise)
+                run = flops.stream_flops(config, pack["batch"], self.args.gradient_checkpointing)
+            elif pack["batch"].lengths is None:
+                run = count.packed
+            pack["flops"] = (run, count.pairwise)
         return pack["flops"]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
@@ -325,9 +328,9 @@ def _only(items: list[Any]) -> Any:
 def _tokens(pack: dict[str, Any]) -> int:
     """Tokens of a pack as its FLOPs are counted: without padding, which packs have none of."""
     batch = pack["batch"]
-    T = batch.input_ids.numel()
-    return {"tree": T, "stream": T, "distinct": batch.distinct_tokens,
-            "pairs": batch.pairwise_tokens}[pack["packing"]]
+    if batch.lengths is None:
+        return batch.input_ids.numel()
+    return {"distinct": batch.distinct_tokens, "pairs": batch.pairwise_tokens}[pack["packing"]]
 
 
 class _EpochSetter(TrainerCallback):

@@ -17,6 +17,7 @@ from .layers import TREE
 from .masks import run_dtype, tree_attention_mask
 
 KINDS = {"sdpa": "additive", "eager": "additive", "flex_attention": "block", TREE: "integers"}  # implementation -> mask
+BY_POSITIONS = ("flash_attention_2", "flash_attention_3")  # sequences end where positions begin anew
 PACKABLE = ("full_attention", "sliding_attention")
 WHY_NOT = {
     "linear_attention": "it carries a state from token to token",
@@ -44,7 +45,8 @@ def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     A pack's mask is 4D, in the form that the model's attention implementation takes (additive for sdpa and eager, in
     the autocast dtype where autocast is on, else in the model's; a BlockMask for flex_attention), shared by all layers,
     one per layer type where some layers have a window; after `use_tree_attention` it is (1, 1, 2, T) integers,
-    subtree_end and position_ids. A distinct batch has a plain (B, L) padding mask.
+    subtree_end and position_ids. Chains under flash_attention_2 have none: their positions begin anew. A padded batch
+    has a plain (B, L) padding mask.
 
     Raises PackingError, naming the layer type, for a model that a pack is not exact for.
     """
@@ -54,10 +56,12 @@ def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
         mask = torch.arange(L, device=batch.lengths.device) < batch.lengths[:, None]
         return inputs | {"attention_mask": mask.to(torch.int64)}
     model = unwrap(model)
-    reason = unpackable(model, batch.path_lengths)
+    config = text_config(model)
+    reason = why_not(model, batch)
     if reason is not None:
         raise PackingError(f"model_inputs: {type(model).__name__} cannot run a pack: {reason}; distinct_batch can do")
-    config = text_config(model)
+    if config._attn_implementation in BY_POSITIONS:
+        return inputs | {"attention_mask": None}
     kind = KINDS[config._attn_implementation]
     if kind == "integers":  # windows come to the attention function from its layer
         rows = [batch.subtree_end, batch.position_ids.reshape(-1)]
@@ -85,9 +89,19 @@ def unpackable(model: nn.Module, path_lengths: tuple[int, int] = (0, 0)) -> str 
 
     path_lengths: the shortest and longest separate run, for RoPE that depends on length.
     """
+    return unmixed(model, path_lengths) or _implementation_reason(text_config(model))
+
+
+def why_not(model: nn.Module, batch: Any) -> str | None:
+    """`unpackable` for one batch: chains need no mask where attention parts them by their positions."""
+    by_positions = batch.get("chains", False) and text_config(model)._attn_implementation in BY_POSITIONS
+    return (unmixed if by_positions else unpackable)(model, batch.path_lengths)
+
+
+def unmixed(model: nn.Module, path_lengths: tuple[int, int] = (0, 0)) -> str | None:
+    """`unpackable` but for the attention implementation: why sequences in one row are not kept apart by it alone."""
     config = text_config(model)
-    return (_layers_reason(model, config) or _implementation_reason(config) or _position_reason(config)
-            or rope_reason(config, *path_lengths))
+    return _layers_reason(model, config) or _position_reason(config) or rope_reason(config, *path_lengths)
 
 
 def _layers_reason(model: nn.Module, config: Any) -> str | None:

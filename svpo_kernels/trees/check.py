@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import decoder, text_config, unwrap
-from .attention import PackingError, model_inputs, unpackable
+from .attention import PackingError, model_inputs, why_not
 
 NOISE_FACTOR = 4.0  # a packed run may differ this many times more than two separate runs do
 # and by this much where those two happen to agree: 8 u in low precision (a wrong mask shows as 0.1 and more)
@@ -41,7 +41,7 @@ def check_packing(model: nn.Module, batch: Any) -> PackingCheck:
     if batch.lengths is not None:
         return PackingCheck(0.0, 0.0, torch.zeros(0, dtype=torch.int64))
     model = unwrap(model)
-    reason = unpackable(model, batch.path_lengths) or random_reason(decoder(model))
+    reason = why_not(model, batch) or random_reason(decoder(model))
     if reason is not None:
         raise PackingError(f"check_packing: {type(model).__name__} cannot run a pack: {reason}")
     path = telling_path(batch)
