@@ -360,11 +360,16 @@ def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
     return picked.masked_fill_((rows < 0).unsqueeze(1), 0.0)
 
 
-def scatter_rows(grad: Tensor, rows: Tensor, values: Tensor) -> None:
-    """grad[rows] = values; the rows are distinct, and padding (-1) brings zeros to row 0."""
-    flat = grad.flatten(0, -2)
-    if flat.shape[0]:
-        flat.index_add_(0, rows.clamp_min(0), values)
+def scatter_rows(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """(R, X) values at the distinct rows of a tensor of zeros like (B, L, X), in values' dtype.
+
+    Every row is written once, padding into one that is cut off: there is no order in which a sum could run.
+    """
+    B, L, X = like.shape
+    flat = values.new_zeros(B * L + 1, X)
+    if flat.numel():
+        flat.index_copy_(0, torch.where(rows < 0, B * L, rows), values)
+    return flat[: B * L].view(B, L, X)
 
 
 def row_of_prediction(plan: PlanTensors) -> tuple[Tensor, Tensor]:

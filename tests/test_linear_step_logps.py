@@ -168,6 +168,32 @@ def test_a_head_of_few_columns(V: int, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("mode", ["frozen", "store", "recompute"])
+def test_few_rows_are_as_exact_as_many(mode: str, backend: str, device: str) -> None:
+    """dHidden of one to three rows of 32,001 columns, whose entries are small and of both signs, beside that of six."""
+    V, errors = 32001, {1: [], 2: [], 3: [], 6: []}
+    for _ in range(4):
+        hidden, weight = torch.randn(6, D, device=device), torch.randn(V, D, device=device) / D**0.5
+        labels, upstream = torch.randint(0, V, (6,)), torch.randn(6, device=device)
+        exact = None
+        for R in (6, 3, 2, 1):
+            plan = sk.StepPlan.from_predictions(torch.arange(R), labels[:R], torch.arange(R), R)
+
+            def dhidden(h, w, plan=plan, R=R, upstream=upstream, **options):
+                leaf = h[:R].clone().requires_grad_()
+                out = sk.linear_step_logps(leaf, w.clone().requires_grad_(mode != "frozen"), plan, **options)
+                return torch.autograd.grad(out, leaf, upstream[:R].to(out))[0]
+
+            if exact is None:
+                exact = dhidden(hidden.double(), weight.double(), backend="reference")
+            budget = 1e-6 if mode == "recompute" else 512
+            found = dhidden(hidden, weight, backend=backend, logits_budget_mb=budget)
+            errors[R].append((found - exact[:R]).abs().mean())
+    mean = {R: torch.stack(found).mean().item() for R, found in errors.items()}
+    assert max(mean[1], mean[2], mean[3]) <= 2 * mean[6], mean
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_tensor_form_equals_plan_form(backend: str, device: str) -> None:
     B, L, V, S = 3, 11, 33, 6
     hidden, weight = torch.randn(B, L, D, device=device), torch.randn(V, D, device=device)

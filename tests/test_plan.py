@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import svpo_kernels as sk
+from svpo_kernels.plan import scatter_rows
 
 
 def by_step(plan):
@@ -71,6 +72,16 @@ def test_moves_and_pickles_as_one_buffer() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plan.tensors, copy.tensors, strict=True))
     meta = plan.to("meta")
     assert meta.rows.device.type == "meta" and meta.num_steps == 2
+
+
+def test_rows_are_put_back_once_each_and_padding_nowhere() -> None:
+    rows, values = torch.tensor([4, 0, -1, -1]), torch.randn(4, 3)
+    values[2:] = torch.nan
+    put = scatter_rows(torch.empty(2, 3, 3), rows, values)
+    expected = torch.zeros(6, 3)
+    expected[[4, 0]] = values[:2]
+    assert put.is_contiguous() and torch.equal(put.view(6, 3), expected)
+    assert scatter_rows(torch.empty(0, 3, 3), rows[2:], values[2:]).shape == (0, 3, 3)
 
 
 def test_pad_to_adds_only_padding() -> None:

@@ -17,6 +17,7 @@ from . import walks
 from .row_kernels import RowKernels
 from .upstream import Upstream
 
+FEW_ROWS = 4  # a CPU product of fewer adds up its V terms one by one: 10 times the error at V = 32001
 FEW_COLUMNS = 1024  # up to here db is summed in fp64; beyond, many entries average its rounding
 WIDE_ROWS = 2048  # rows of h that are widened at a time for dA
 SLICE = 8192  # columns of V (or rows of h) that are widened to fp32 at a time
@@ -214,8 +215,8 @@ class RowGradient:
     def add(self, unit: Tensor, matrix: Tensor, start: int, stop: int, first: bool) -> None:
         """unit: rows [start, stop) of U in some columns, matrix: its rows for them. first: of these rows."""
         to = self.out[start:stop]
-        if to.dtype == unit.dtype == matrix.dtype:
-            torch.mm(unit, matrix, out=to) if first else to.addmm_(unit, matrix)
+        if to.dtype == unit.dtype == matrix.dtype and (first or to.shape[0] >= FEW_ROWS):
+            product(unit, matrix, out=to) if first else to.addmm_(unit, matrix)
             return
         part = product(unit, matrix)
         to.copy_(part) if first else to.add_(part)
@@ -224,11 +225,16 @@ class RowGradient:
         return self.out.to(self.dtype)
 
 
-def product(unit: Tensor, matrix: Tensor) -> Tensor:
+def product(unit: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """(c, V) x (V, X) in the dtype of the matrix, which may be the wider one."""
+    rows = unit.shape[0]
+    if unit.is_cpu and 0 < rows < FEW_ROWS:
+        unit = torch.cat([unit, unit.new_zeros(FEW_ROWS - rows, unit.shape[1])])
+        found = product(unit, matrix)[:rows]
+        return found if out is None else out.copy_(found)
     if unit.dtype == matrix.dtype:
-        return unit @ matrix
-    out = unit.new_zeros(unit.shape[0], matrix.shape[1], dtype=matrix.dtype)
+        return torch.mm(unit, matrix, out=out)
+    out = unit.new_zeros(rows, matrix.shape[1], dtype=matrix.dtype)
     for start, stop in walks.chunks(0, unit.shape[1], SLICE):
         out.addmm_(unit[:, start:stop].to(out.dtype), matrix[start:stop])
     return out

@@ -101,7 +101,7 @@ class Forward(NamedTuple):
             z = tile(room, stop - start, V)
             self.score_rows(z, start, unit=frozen)
             if frozen:
-                torch.mm(z, self.head.weight, out=saved[start:stop, :D])
+                product(z, self.head.weight, out=saved[start:stop, :D])
                 if self.head.rank:
                     saved[start:stop, D:] = product(z, self.head.lora_b)
 
@@ -181,9 +181,7 @@ def backward(
     if needs_hidden and dlow is not None:
         head.add_low(drows, dlow)
     da = head.grad_a(h, dlow) if needs_a else hidden.new_empty(0)
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
-    if needs_hidden:
-        scatter_rows(dhidden, view.rows, drows)
+    dhidden = scatter_rows(hidden, view.rows, drows) if needs_hidden else hidden.new_empty(0)
     dweight, dbias, db = grads.finish(kernels, h, upstream.terms, view)
     return dhidden, dweight, dbias, da.to(lora_a.dtype) if needs_a else da, db
 

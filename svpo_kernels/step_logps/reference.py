@@ -46,9 +46,7 @@ def step_logps_bwd(
     view = PlanTensors(*plan)
     rows = gather_rows(logits, view.rows)
     drows = row_gradient(grad_out, rows, view, vocab_size, temperature, softcap, reduction)
-    grad = logits.new_zeros(logits.shape)
-    if grad.numel():
-        scatter_rows(grad, view.rows, drows.to(grad.dtype))
+    grad = scatter_rows(logits, view.rows, drows.to(logits.dtype))
     return logits.copy_(grad) if inplace else grad
 
 
