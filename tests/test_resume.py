@@ -18,7 +18,8 @@ from tiny_trees import all_texts, real_texts
 from training_ import history_of, make_trainer, small_lm, unequal_data
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from svpo_kernels.trainer import checkpoint, head_files
+from svpo_kernels.trainer import checkpoint, head_files, prm_metrics
+from svpo_kernels.trainer.metrics import Sums, as_vector, by_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +84,8 @@ def test_sigkill_and_resume_on_real_trees(real_run):
     assert history_of(killed) == history_of(real_run / "whole") and len(history_of(killed)) == 4
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "packing": "distinct"}])
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "packing": "distinct"},
+                                      {"objective": "implicit_prm", "logging_steps": 2}])  # histograms in a window
 def test_resume_in_the_middle_of_an_epoch(tmp_path, settings):
     settings = dict(pairs_per_step=9, max_steps=7, save_strategy="steps", save_steps=3, value_head_learning_rate=0.05,
                     lr_scheduler_type="cosine", **settings)
@@ -94,7 +96,31 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path, settings):
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert len(again.gradients.steps) == 4
     again.save_model(str(tmp_path / "again"))
-    assert_bitwise(tmp_path / "again", tmp_path / "whole")
+    if again.config.head == "value":
+        assert_bitwise(tmp_path / "again", tmp_path / "whole")
+    ours, theirs = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("again", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert again.state.log_history[:-1] == whole.state.log_history[:-1]  # the last holds seconds
+
+
+def test_sums_of_a_window_come_back_where_they_were(tmp_path):
+    """To the bit on as many processes; on another number the first has all of them."""
+    torch.manual_seed(0)
+    every = [Sums() for _ in range(3)]
+    for sums in every:
+        sums.add(loss=torch.rand((), dtype=torch.float64), steps=1 / 3,
+                 **{name: torch.rand(prm_metrics.BINS, dtype=torch.float64) for name in prm_metrics.HISTOGRAMS})
+    checkpoint.write_sums([by_name(sums.vector()) for sums in every], by_name(every[0].vector()), tmp_path)
+    windows, total = checkpoint.read_sums(tmp_path)
+    assert torch.equal(as_vector(total), every[0].vector())
+    for world_size in (3, 2):
+        again = [Sums() for _ in range(world_size)]
+        for rank, sums in enumerate(again):
+            sums.restore(windows, rank, world_size)
+        if world_size == 3:
+            assert all(torch.equal(ours.vector(), theirs.vector()) for ours, theirs in zip(again, every, strict=True))
+        else:
+            assert torch.equal(again[0].vector(), sum(sums.vector() for sums in every)) and not again[1].vector().any()
 
 
 def test_torn_checkpoints_are_passed_over(tmp_path):

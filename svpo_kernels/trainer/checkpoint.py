@@ -127,16 +127,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(scratch)
 
 
-def write_sums(window: dict[str, float], total: dict[str, float], directory: str | os.PathLike) -> None:
-    """Sums of the metrics: of the logging window that the checkpoint falls into, and of all before it."""
-    (Path(directory) / SUMS).write_text(json.dumps({"window": window, "total": total}, indent=1), encoding="utf-8")
+Named = dict[str, float | list[float]]
 
 
-def read_sums(directory: str | os.PathLike) -> tuple[dict[str, float], dict[str, float]]:
+def write_sums(windows: list[Named], total: Named, directory: str | os.PathLike) -> None:
+    """Sums of the metrics: every process' own of the logging window that the checkpoint falls into, so that they are
+    added up in the same order after a resume, and those of all processes before it."""
+    (Path(directory) / SUMS).write_text(json.dumps({"windows": windows, "total": total}, indent=1), encoding="utf-8")
+
+
+def read_sums(directory: str | os.PathLike) -> tuple[list[Named], Named]:
     """What write_sums wrote; nothing where an older version did not."""
     path = Path(directory) / SUMS
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found.get("window", {}), found.get("total", {})
+    return found.get("windows", [found["window"]] if "window" in found else []), found.get("total", {})
 
 
 def _files(directory: Path) -> list[str]:

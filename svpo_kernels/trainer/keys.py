@@ -28,6 +28,8 @@ WORKS = (
 NOTES = {
     "gradient_accumulation_steps": "the least number of packs of an optimizer step on each process",
     "accelerator_config": "its gradient_accumulation_kwargs; packs are dealt by the plan, not by the loader",
+    "ddp_find_unused_parameters": "by default on from three processes on, but with checkpointing: DDP's buckets keep "
+                                  "their layout, so that a resumed run is equal to the bit",
     "hub_token": "for a model of a private or gated repository; nothing is uploaded",
     "fp16": "on a GPU",
     "torch_compile": "every new length may compile again",

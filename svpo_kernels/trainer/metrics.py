@@ -50,6 +50,12 @@ class Sums:
             value = value.detach().double() if isinstance(value, Tensor) else float(value)
             self.values[name] = self.values.get(name, 0.0) + value
 
+    def restore(self, windows: list[dict[str, float | list[float]]], rank: int, world_size: int) -> None:
+        """This process' own sums of a checkpoint; where it has another number of processes, the first takes all."""
+        own = windows[rank:rank + 1] if len(windows) == world_size else windows if rank == 0 else []
+        for window in own:
+            self.add(**{name: torch.tensor(value, dtype=torch.float64) for name, value in window.items()})
+
     def vector(self) -> Tensor:
         """(LENGTH,) float64 on the CPU, every name's numbers behind each other."""
         given = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}

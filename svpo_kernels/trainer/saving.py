@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from svpo_kernels.models import is_peft
@@ -72,7 +73,7 @@ class SavingMixin:
         rotation after it."""
         directory = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        window = self._reduce(self._sums.vector())
+        windows = gather_object([self._sums.vector()])
         try:
             with writing(directory, self.args.output_dir, self.args.should_save):
                 if self.args.should_save:
@@ -81,7 +82,7 @@ class SavingMixin:
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
                     run_state.write(self._state, directory)
-                    checkpoint.write_sums(by_name(window), by_name(self._total), directory)
+                    checkpoint.write_sums([by_name(each) for each in windows], by_name(self._total), directory)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.write_manifest(directory)

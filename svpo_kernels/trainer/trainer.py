@@ -72,7 +72,12 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1  # ours are packs of one optimizer step, see training_step
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = not self.wants_logps
+            # DDP parts its buckets anew after a process' first backward unless it looks for unused parameters, and from
+            # three processes on the order in which a gradient is summed goes with the place in its bucket: a resumed
+            # run would differ in the last bit. Not with checkpointing, whose second forward it takes for a second use.
+            checkpointing = any(getattr(args, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
+            resumes_to_the_bit = args.world_size > 2 and not checkpointing
+            args.ddp_find_unused_parameters = not self.wants_logps or resumes_to_the_bit
         self.settings = PackSettings(
             packing=args.packing, max_tokens=args.max_tokens, values=args.values, pairs_per_step=args.pairs_per_step,
             min_packs=self.config.gradient_accumulation_steps, world_size=args.world_size,
@@ -169,8 +174,8 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
             self._state = run_state.run_state(self.config, model, self.ref_model, self.planner.fingerprint())
         if resume_from_checkpoint:
             self._on_main(lambda: resume.check(resume_from_checkpoint, self._state))
-            window, total = checkpoint.read_sums(resume_from_checkpoint)
-            self._sums.add(**(window if self.args.process_index == 0 else {}))
+            windows, total = checkpoint.read_sums(resume_from_checkpoint)
+            self._sums.restore(windows, self.args.process_index, self.args.world_size)
             self._total = as_vector(total)
         self.args.eval_on_start = self.config.eval_on_start and not resume_from_checkpoint  # it is in the history
         self.check_packing()
