@@ -26,3 +26,8 @@ def test_promised(record, rates, scale: str, trainable: bool, f: float) -> None:
 def test_peak_memory(record, scale: str, trainable: bool) -> None:
     shape, mebibytes = BUDGET[scale]
     record(head.budget(HeadShape(*shape, 1.0, trainable), mebibytes, 10 if trainable else 20))
+
+
+def test_time_within_a_budget(record, scale: str) -> None:
+    shape, mebibytes = BUDGET[scale]
+    record(head.within_budget(HeadShape(*shape, 1.0, True), mebibytes, 1.35))

@@ -17,6 +17,7 @@ from .race import Result, error_against, peak_memory, race, weigh
 
 FAMILY = "linear_step_logps"
 OURS, FULL, GATHERED = "ours", "eager, all rows", "eager, gathered rows"
+ALL_KEPT = "ours, all rows kept"
 # Largest error of a value or gradient against fp64, relative to its largest entry, that counts as the same answer
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # Qwen2.5-7B's head is (152064, 3584). The CPU keeps V, where the softmax is, and an eighth of D: 35 GFLOP a product.
@@ -147,3 +148,13 @@ def budget(shape: HeadShape, mebibytes: int, factor: float) -> Result:
     size = f"{shape.T} x {shape.D} x {shape.V}"
     return weigh(f"{FAMILY} peak extra memory, {head} head, {size}, {mebibytes} MiB budget", variants, ours=OURS,
                  targets={FULL: f">= {factor}"}, family=FAMILY, headline=True)
+
+
+def within_budget(shape: HeadShape, mebibytes: int, most: float) -> Result:
+    """Time within a budget that cannot keep U: four products, against the three of a call that keeps all of it."""
+    inputs = HeadInputs(shape)
+    functions = {OURS: inputs.ours(logits_budget_mb=mebibytes), ALL_KEPT: inputs.ours(logits_budget_mb=2**20)}
+    variants, memory, errors = _checked(inputs, functions, {})
+    case = f"{FAMILY} forward + backward, {shape}, {mebibytes} MiB budget"
+    return race(case, variants, ours=OURS, rounds=7, seconds=60, targets={ALL_KEPT: f"<= {most}"},
+                floors=[ALL_KEPT], warm=True, family=FAMILY, memory=memory, errors=errors, headline=True)
