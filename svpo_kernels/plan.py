@@ -118,9 +118,7 @@ class StepPlan:
         step_order = np.argsort(step_ids, kind="stable")
         step_start = np.concatenate([[0], np.cumsum(np.bincount(step_ids, minlength=S))])
         parts = (distinct, row_start, labels, first_of_equal(rows, labels, per_row), step_ids, step_order, step_start)
-        rows, row_start, labels, first, step_ids, step_order, step_start = map(torch.from_numpy, parts)
-        return cls._assemble(rows, row_start, labels, first, step_ids, step_order, step_start, R=len(rows),
-                             N=len(labels), S=S)
+        return cls._assemble(*map(torch.from_numpy, parts), R=len(distinct), N=len(labels), S=S)
 
     @classmethod
     def from_tensors(cls, labels: Tensor, step_ids: Tensor | None, *, shift: int, num_steps: int) -> StepPlan:

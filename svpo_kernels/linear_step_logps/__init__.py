@@ -290,26 +290,25 @@ def linear_step_logps(
     plan = as_plan(op, hidden, labels, step_ids, shift, num_steps, compact)
     needs, needs_lora = _requires_grad(hidden, weight, bias), any(_requires_grad(lora_a, lora_b))
     stats = check_stats(op, stats)
-    mode = modes.mode(
-        *needs, torch.is_grad_enabled(), "entropy" in stats, needs_lora, logsumexp="logsumexp" in stats
-    )
-    group, sizes = "", ()
+    hidden_needs, weight_needs, bias_needs = needs
+    mode = modes.mode(hidden_needs, weight_needs, bias_needs, torch.is_grad_enabled(), "entropy" in stats, needs_lora,
+                      logsumexp="logsumexp" in stats)
+    group, sizes = "", tuple[int, ...]()
     if process_group is not None:
         group = process_group.group_name
         same = {"hidden": (hidden.dtype, *hidden.shape), "weight": weight.shape[1], "vocab_size": vocab_size,
                 "labels": [index.shape[0] for index in plan[:-1]], "logits_budget_mb": logits_budget_mb,
                 "lora_a": None if lora_a is None else tuple(lora_a.shape), "mode": mode, "stats": stats}
         sizes = shards.layout(op, given, weight.shape[0], process_group, same)
-    own = isinstance(temperature, Tensor)
-    base = check_options(op, sum(sizes) if group else weight.shape[0], vocab_size, 1.0 if own else temperature, softcap,
-                         reduction, backend)
+    own = temperature if isinstance(temperature, Tensor) else None
+    base = check_options(op, sum(sizes) if group else weight.shape[0], vocab_size,
+                         1.0 if isinstance(temperature, Tensor) else temperature, softcap, reduction, backend)
     require_positive(op, "logit_scale", logit_scale)
     scale = float(logit_scale)  # a c in front of z0 is temperature / c and softcap / c
     base = base._replace(temperature=base.temperature / scale, softcap=base.softcap / scale)
-    temperatures = row_temperatures(op, temperature, plan, labels, shift, hidden) if own else None
-    temperatures = temperatures / scale if own and scale != 1.0 else temperatures
-    more = (float(logits_budget_mb), mode, stats, float(lora_scaling), group, sizes)
-    options = Options(*base, *more)
+    temperatures = None if own is None else row_temperatures(op, own, plan, labels, shift, hidden)
+    temperatures = temperatures / scale if own is not None and scale != 1.0 else temperatures
+    options = Options._make((*base, float(logits_budget_mb), mode, stats, float(lora_scaling), group, sizes))
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     main = MainGrad.of(op, given)
     out, *found = _LinearStepLogps.apply(

@@ -92,8 +92,9 @@ def linear_top_k(
     require_positive(op, "logits_budget_mb", logits_budget_mb)
     require_number(op, "lora_scaling", lora_scaling)
     require_positive(op, "logit_scale", logit_scale)
-    own = isinstance(temperature, Tensor)
-    o = check_options(op, weight.shape[0], vocab_size, 1.0 if own else temperature, softcap, "none", backend)
+    own = temperature if isinstance(temperature, Tensor) else None
+    o = check_options(op, weight.shape[0], vocab_size, 1.0 if isinstance(temperature, Tensor) else temperature, softcap,
+                      "none", backend)
     require_size(op, "k", k)
     if not 1 <= k <= o.vocab_size:
         fail(op, "k", f"in 1 ... {o.vocab_size}, the columns that count", k)
@@ -105,9 +106,8 @@ def linear_top_k(
         plan = unlabelled(torch.arange(rows.numel(), device=hidden.device))._replace(bounds=no_bounds())
     else:
         plan = as_plan(op, hidden, labels, step_ids, shift, None, compact)
-    temperatures = row_temperatures(op, temperature, plan, labels, shift, hidden) if own else None
     scale = float(logit_scale)
-    temperatures = temperatures / scale if own else None
+    temperatures = None if own is None else row_temperatures(op, own, plan, labels, shift, hidden) / scale
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     ids, logps = torch.ops.svpo.linear_top_k(
         batched, weight, bias, lora_a, lora_b, temperatures, list(plan), k, o.vocab_size, o.temperature / scale,

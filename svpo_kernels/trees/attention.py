@@ -66,7 +66,8 @@ def model_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     if kind == "integers":  # windows come to the attention function from its layer
         rows = [batch.subtree_end, batch.position_ids.reshape(-1)]
         return inputs | {"attention_mask": torch.stack(rows)[None, None]}
-    dtype = run_dtype(batch.subtree_end.device, model.dtype) if kind == "additive" else None
+    own: Any = model.dtype
+    dtype = run_dtype(batch.subtree_end.device, own) if kind == "additive" else None
     masks = {}
     for layer_type, window in layer_windows(config).items():
         masks[layer_type] = tree_attention_mask(batch.subtree_end, kind, window=window, dtype=dtype,
@@ -115,7 +116,8 @@ def _layers_reason(model: nn.Module, config: Any) -> str | None:
     if getattr(config, "attention_chunk_size", None) and "full_attention" not in types:
         return f"its layers are of type 'chunked_attention': {WHY_NOT['chunked_attention']}"
     for name, module in decoder(model).named_modules():
-        if layer_type := _mixer_type(type(module)):
+        made: Any = type(module)
+        if layer_type := _mixer_type(made):
             kind = type(module).__name__
             return f"{name or kind} is of type {layer_type!r} ({kind}): {WHY_NOT[layer_type]}"
     if "sliding_attention" in layer_windows(config):
@@ -126,7 +128,7 @@ def _layers_reason(model: nn.Module, config: Any) -> str | None:
 
 
 @cache
-def _mixer_type(kind: type) -> str | None:
+def _mixer_type(kind: Any) -> str | None:
     """The layer type of a module class that mixes rows whatever the mask says; None for every other class."""
     if issubclass(kind, nn.Conv1d | nn.Conv2d):
         return "conv"

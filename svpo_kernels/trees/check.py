@@ -119,7 +119,8 @@ def _rounded_once_more(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         up = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device) < 0.5
         return out * torch.where(up, 1 + torch.finfo(dtype).eps / 2, 1 - torch.finfo(dtype).eps / 2).to(out.dtype)
 
-    hook = model.get_input_embeddings().register_forward_hook(off)
+    whole: Any = model
+    hook = whole.get_input_embeddings().register_forward_hook(off)
     try:
         yield
     finally:

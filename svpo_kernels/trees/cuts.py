@@ -127,7 +127,7 @@ def _descend(member: np.ndarray, weight: np.ndarray, packs: list[list[int]], max
     for p, pack in enumerate(packs):
         pack_of[pack] = p
     holds = np.stack([*(member[pack].sum(0) for pack in packs), np.zeros(len(weight))])  # items by (pack, class)
-    cost = price.of((holds > 0) @ weight)
+    cost: np.ndarray = np.asarray(price.of((holds > 0) @ weight))
     cost[-1] = 0.0  # the last pack is a new one
     bits = np.packbits(np.concatenate([member.T, np.eye(len(member))]) > 0, axis=1)  # a group a row: sorted as bytes
     groups = [np.nonzero(np.unpackbits(np.frombuffer(group, np.uint8)))[0]
@@ -142,8 +142,8 @@ def _descend(member: np.ndarray, weight: np.ndarray, packs: list[list[int]], max
                 left = float((holds[source] > leaving) @ weight)
                 left_cost = price.of(left) if left else 0.0
                 grown = ((holds > 0) | (leaving > 0)) @ weight
-                grown_cost = price.of(grown)
-                gain = cost[source] - left_cost + cost - grown_cost
+                grown_cost = np.asarray(price.of(grown))
+                gain: np.ndarray = cost[source] - left_cost + cost - grown_cost
                 gain[grown > max_tokens] = gain[source] = 0.0
                 best = int(gain.argmax())
                 if gain[best] < 1e-6:

@@ -73,7 +73,7 @@ def _border(encode: Any, text: str, tokens: Tokens) -> tuple[int, int] | None:
 
 def compared(texts: Sequence[str], ends: Sequence[int], most: int) -> list[int]:
     """The longest of the texts that none goes on from, of so many characters together."""
-    chosen = []
+    chosen: list[int] = []
     for i in sorted(ends, key=lambda i: -len(texts[i])):
         most -= len(texts[i])
         if chosen and most < 0:

@@ -79,7 +79,7 @@ def block_mask(subtree_end: Tensor, window: int | None = None, position_ids: Ten
     rows = None if window is None else position_ids.to(torch.int64)[None]
     some, full, _ = visible_blocks(subtree_end.to(torch.int64)[None], window, rows, size, size)
     partial, full = (some & ~full)[:, None], full[:, None]
-    lists = {}
+    lists: dict[str, Any] = {}
     for side, turned in (("kv", False), ("q", True)):
         for name, blocks in (("", partial), ("full_", full)):
             count, index = ordered(blocks.mT if turned else blocks)

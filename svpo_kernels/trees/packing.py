@@ -123,7 +123,8 @@ def packs_of(trees: Sequence[StepTree], pairs: Sequence[Any], *, max_tokens: int
 
 
 def _cut(request: Request, max_tokens: int) -> Iterator[Pack]:
-    unseen, begun = Unseen(request), []
+    unseen = Unseen(request)
+    begun: list[int] = []
     for items, last in _parts(request, max_tokens):
         part = Part(request, [*begun, *items])
         packs = cut(part.trie, part.items, max_tokens, [part.numbers.index(n) for n in begun])
@@ -171,12 +172,12 @@ class Part:
             tree = request.trees[t]
             groups.append((t, sorted(with_ancestors(tree, nodes), key=tree.place.__getitem__)))
         self.trie = Trie([(request.trees[t], nodes) for t, nodes in groups])
-        node = np.concatenate([np.zeros(0, np.int64), *(request.first[t] + np.array(nodes) for t, nodes in groups)])
-        order = np.argsort(node)
-        self.node, self.end = node[order], self.trie.end[order]
+        every = np.concatenate([np.zeros(0, np.int64), *(request.first[t] + np.array(nodes) for t, nodes in groups)])
+        order = np.argsort(every)
+        self.node, self.end = every[order], self.trie.end[order]
         self.items = [tuple(self.end[self.at(request.item(n))].tolist()) for n in self.numbers]
-        trees, nodes = request.place(self.node)
-        self.places = list(zip(trees.tolist(), nodes.tolist(), strict=True))
+        of_trees, of_nodes = request.place(self.node)
+        self.places = list(zip(of_trees.tolist(), of_nodes.tolist(), strict=True))
         self.valued, self.sft = (
             np.intersect1d(self.node, wanted, assume_unique=True, return_indices=True)[1:]
             for wanted in (request.valued, request.sft))

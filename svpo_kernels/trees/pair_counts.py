@@ -84,9 +84,9 @@ def count_pairs(tree: StepTree, rule: str = "best_worst", min_gap: float = 0.0, 
     if given is not None:
         return given, PairCounts(len(given), len(given), len(given), **_mixed(tree, given.tolist()))
     if rule == "all" and max_pairs is not None and (counted := _count_all(tree, min_gap, dedup, same_kind)):
-        counts, kept = counted
-        used = select_pairs(tree, rule, min_gap, None if kept <= max_pairs else max_pairs, dedup, same_kind)
-        return used, replace(counts, used=len(used), beyond_max=kept - len(used))
+        counts, number = counted
+        used = select_pairs(tree, rule, min_gap, None if number <= max_pairs else max_pairs, dedup, same_kind)
+        return used, replace(counts, used=len(used), beyond_max=number - len(used))
     any_kind = select_pairs(tree, rule, min_gap, None, dedup, False)
     every = select_pairs(tree, rule, min_gap, None, False, False) if dedup else any_kind
     kept = select_pairs(tree, rule, min_gap, None, dedup, True) if same_kind else any_kind
@@ -140,7 +140,8 @@ def _count(tree: StepTree, group: Sequence[int], min_gap: float) -> tuple[int, i
         longer = length[rows, None] > length
         finished, inner = wide & ends[rows, None] & ~ends, wide & ~ends[rows, None] & ends
         total += [wide.sum(), finished.sum(), (finished & longer).sum(), inner.sum(), (inner & longer).sum()]
-    return tuple(total.tolist())
+    wide_pairs, finished_over, longer_over, inner_over, longer_inner = total.tolist()
+    return wide_pairs, finished_over, longer_over, inner_over, longer_inner
 
 
 def add_up(counts: Iterable[PairCounts]) -> PairCounts:

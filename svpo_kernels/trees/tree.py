@@ -111,7 +111,8 @@ class StepTree:
     def from_paths(cls, paths: Paths, nodes: list[StepNode]) -> StepTree:
         """The tree whose `paths` these are; nodes: without ids. Shape is checked, ids are not: they are a tree's."""
         tree = cls.__new__(cls)
-        tree.nodes, tree.paths, tree.start, tree.length = nodes, paths, paths.start, paths.length
+        tree.nodes, tree.paths = nodes, paths
+        tree.start, tree.length = paths.start, paths.length  # type: ignore[assignment]  # read only, like lists
         tree._link()
         for i, node in enumerate(nodes):
             node.path_ids, node.start = PathIds(paths, i), paths.start[i]

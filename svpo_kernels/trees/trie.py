@@ -87,7 +87,8 @@ class Trie:
     def _layout(self) -> np.ndarray:
         """Depth-first ranks of the runs in the order they came; fills the arrays."""
         E = len(self._ids)
-        order, rank, past = [], [0] * (E + 1), [0] * E
+        order: list[int] = []
+        rank, past = [0] * (E + 1), [0] * E
         stack = list(reversed(self._below[-1].values()))
         while stack:
             run = stack.pop()
