@@ -79,7 +79,8 @@ class Settings:
     packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair; stream: "
                          "trees segment by segment, for any architecture, in the memory of one path.")
     packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
-    max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs.")
+    max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs "
+                           "that the device's memory holds by count.")
     values: str | None = _key(None, "Steps whose value is trained: those in pairs (pairs), their ancestors too (path), "
                               "or every labelled one (labelled); default: pairs, and labelled where no term is over "
                               "pairs.")

@@ -25,7 +25,7 @@ from svpo_kernels.trees import flops
 from svpo_kernels.trees.cuts import MaxTokens
 from svpo_kernels.trees.packing import StepBatch
 
-from . import checkpoint, not_finite, resume, run_state
+from . import checkpoint, memory, not_finite, resume, run_state
 from .attention import runs_chains
 from .config import SVPOConfig
 from .metrics import LENGTH, Sums, as_vector, means
@@ -124,10 +124,15 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
                 if self.settings.packing == "stream":  # it cuts nothing: the most of a call of leaves
                     tokens[-1] = max(tokens[-1], *(max(tree.length, default=1) for tree in each.trees))
                 elif any(map(len, pairs)):
-                    found = flops.choose_max_tokens(each.trees, pairs, model.config)
+                    found = flops.choose_max_tokens(each.trees, pairs, model.config, at_most=self._fitting(model))
                     tokens[-1] = found if found >= tokens[-1] else MaxTokens(tokens[-1], found.price)
             self.settings = replace(self.settings, max_tokens=max(tokens))
         return self.settings
+
+    def _fitting(self, model: StepModel) -> int:
+        """Tokens of a pack that the smallest device of the run holds by count."""
+        fit = memory.tokens_that_fit(model.causal_lm, self.config, memory.device_bytes(self.config.device))
+        return min(gather_object([fit]))
 
     # -- data -------------------------------------------------------------------------------------------------
 

@@ -167,14 +167,15 @@ def _sequences(cost: ModelCost, lengths: Sequence[int], rows: int, attention: st
     return cost.training(int(L.sum()), rows, pairs)
 
 
-def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_config: Any) -> MaxTokens:
+def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_config: Any, *,
+                      at_most: int | None = None) -> MaxTokens:
     """The max_tokens for `pack_trees` that minimises counted training FLOPs of this model: `max_tokens: auto`.
 
     A larger pack repeats less and, under a dense mask, attends to more that it cannot see; with flex_attention or
     svpo_tree in the config nothing is attended in vain. A pack counts as 4 tokens more than it has. Sizes are tried
-    from the largest pair's up; of many pairs the first 512 are looked at. Memory is not considered. The int that is
-    returned also tells `pack_trees` what attention costs this model; a plain one of the same size is cut for an
-    unknown model.
+    from the largest pair's up; of many pairs the first 512 are looked at. at_most: what memory holds; it bounds the
+    choice where every pair fits into it. The int that is returned also tells `pack_trees` what attention costs this
+    model; a plain one of the same size is cut for an unknown model.
 
     Raises what pack_trees raises for bad trees and pairs, and ValueError when there is no pair.
     """
@@ -187,7 +188,8 @@ def choose_max_tokens(trees: Sequence[StepTree], pairs: Sequence[Any], model_con
     trie, items = part.trie, part.items
     sizes = Sizes(trie, items)
     least = longest_pair(request)
-    most = max(least, sizes.union(range(len(items))))
+    most = sizes.union(range(len(items)))
+    most = max(least, most if at_most is None else min(most, at_most))
     if attention == "exact":
         return MaxTokens(most, Price(0.0, most))
     price = Price(sum(flops for _, flops in cost.attention) / cost.token, PACK)
