@@ -336,6 +336,32 @@ def test_runs_end_at_a_gap_and_at_a_sequence():
     assert empty.loss.item() == 0
 
 
+def test_the_guides_trainer(tmp_path):
+    """compute_loss of docs/guides/trainers.md, printed in under 20 lines, trains: the loss of the ops by hand."""
+    import transformers as hf
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "guides" / "trainers.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "StepTrainer" in block)
+    assert len(code.strip().splitlines()) < 20
+    given = {"sk": sk, "torch": torch}
+    exec(code, given)
+    ids, labels, _ = batch()
+    ids, labels = torch.cat([ids, ids[:1]]), torch.cat([labels, labels[:1]])
+    rows = [dict(input_ids=ids[b], labels=labels[b], ref_logps=torch.tensor(-20.0 - b)) for b in range(4)]
+    model = cases.model()
+    with torch.no_grad():
+        lp = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    D = (lp * (labels[:, 1:] != -100)).sum(1) + torch.tensor([20.0, 21, 22, 23])
+    beta = sk.PRESETS["step_dpo"]["beta"]
+    expected = -F.logsigmoid(beta * (D[0::2] - D[1::2])).mean().item()
+    arguments = hf.TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=4,
+                                     report_to="none", disable_tqdm=True, remove_unused_columns=False, logging_steps=1,
+                                     save_strategy="no", train_sampling_strategy="sequential")
+    trainer = given["StepTrainer"](model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 # -- example configurations -------------------------------------------------------------------------------------------
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples" / "trainers").glob("*"))
@@ -344,7 +370,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples" / "trainers"
 def test_every_trainer_has_an_example():
     named = {path.stem.removesuffix("_dpo") for path in EXAMPLES}
     files = {path.stem for path in Path(sk.__file__).parent.joinpath("integrations").glob("*.py")}
-    assert named == files - {"__init__", "runs", "causal_lm"}
+    assert named == files - {"__init__", "runs", "causal_lm", "hub"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
