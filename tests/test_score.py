@@ -9,6 +9,7 @@ import pytest
 import tokenizers_
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from tiny_models import SMALL, one_thread  # noqa: F401
 from typer.testing import CliRunner
 
@@ -308,3 +309,21 @@ def test_the_command(tmp_path, model):
     assert again.exit_code == 1 and "is there already" in again.output and len(again.output.splitlines()) == 1
     wrong = runner.invoke(cli.app, [*words[:5], str(tmp_path / "x.jsonl"), "--beta", "2"])
     assert wrong.exit_code == 1 and "beta is an option of scorer implicit, not of head" in wrong.output
+
+
+def test_a_head_of_another_width_is_one_line(tmp_path):
+    make_model(tmp_path / "model")
+    path = tmp_path / "model" / head_files.CLASS_HEAD
+    save_file({"score.weight": torch.zeros(2, 24), "score.bias": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"does not fit the model: score.weight must be \(C, 32\), got \(2, 24\)"):
+        load_scoring_model(str(tmp_path / "model"))
+
+
+def test_scores_that_are_not_finite_end_the_run(tmp_path):
+    make_model(tmp_path / "model")
+    model = load_scoring_model(str(tmp_path / "model"))
+    model.head.last.bias.data.fill_(float("nan"))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": PROBLEM, "responses": ["a\nb"]}])
+    with pytest.raises(ValueError, match="2 of 2 scores are not finite"):
+        run_score(rows, model, tmp_path / "out.jsonl", say=lambda text: None)
+    assert not (tmp_path / "out.jsonl").exists()

@@ -139,10 +139,10 @@ _CONVERSIONS = (
     (("instruction", "response", "parent_id"), "right actions only: UltraInteract_pair has the wrong ones beside them"),
     (("instruction", "completions"), "scored completions: choose a score, and write prompt, chosen, rejected"),
     (("chosen", "rejected"), "texts without their prompt: split what both begin with off, as prompt"),
-    (("question", "responses"), "several answers to a question: score their steps, or write the better and the worse "
-     "as prompt, chosen, rejected"),
-    (("question", "pred", "score"), "scored answers to a question: score their steps, or write the better and worse "
-     "as prompt, chosen, rejected"),
+    (("question", "responses"), "several answers to a question: `svpo score` reads them; or write the better and the "
+     "worse as prompt, chosen, rejected"),
+    (("question", "pred", "score"), "scored answers to a question: `svpo score` reads them; or write the better and "
+     "the worse as prompt, chosen, rejected"),
     (("label",), "one label a row: with the answer's text it is prompt, completion, label (true or false)"),
     (("messages",), "one answer and no judgement: a second, worse answer makes it prompt, chosen, rejected"),
     (("conversations",), "one answer and no judgement: a second, worse answer makes it conversations, chosen, "
