@@ -37,7 +37,7 @@ def test_yaml_and_overrides(tmp_path):
 def test_defaults_are_offline_and_exact(tmp_path):
     config = load_config(None, output_dir=str(tmp_path))
     assert config.report_to == [] and not config.push_to_hub and not config.trust_remote_code
-    assert config.disable_dropout and config.packing == "tree" and config.max_tokens == "auto"
+    assert config.disable_dropout and config.packing == "auto" and config.max_tokens == "auto"
     assert not config.disable_tqdm and not config.logging_nan_inf_filter
 
 
@@ -69,7 +69,7 @@ def test_presets_with_keys_on_top(tmp_path, preset):
     ("min_gap=-1", "config: min_gap must be at least 0, got -1.0"),
     ("max_pairs=-1", "config: max_pairs must be at least 0 or null, got -1"),
     ("max_path_tokens=0", "config: max_path_tokens must be at least 1, got 0"),
-    ("packing=flat", "packing must be one of tree, distinct, pairs, stream, got 'flat'"),
+    ("packing=flat", "packing must be one of auto, tree, distinct, pairs, stream, got 'flat'"),
     ("preset=dpo", r"preset must be one of svpo, step_dpo, mcts_dpo, rstar, alphamath, ipo, simpo, dvo \(objective "
                    r"policy: ppo, grpo, .*\), got 'dpo'"),
     ("max_tokens=many", "max_tokens must be a number of tokens or auto, got 'many'"),

@@ -54,7 +54,8 @@ class Gradients(hf.TrainerCallback):
 
 def make_config(output_dir, **settings):
     settings = {"max_steps": 1, "pairs_per_step": 1000, "max_tokens": 4096, "learning_rate": 1e-3, "max_grad_norm": 0.0,
-                "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "preset": "svpo", **settings}
+                "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "preset": "svpo", "packing": "tree",
+                **settings}
     return load_config(None, output_dir=str(output_dir), **settings)
 
 

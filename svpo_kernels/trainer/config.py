@@ -35,7 +35,7 @@ LOSS_KEYS = (
 CHOICES = {
     "pair_rule": ("best_worst", "top_bottom", "all"),
     "pair_weight": ("pair", "parent", "tree"),
-    "packing": ("tree", "distinct", "pairs", "stream"),
+    "packing": ("auto", "tree", "distinct", "pairs", "stream"),
     "packing_fallback": ("none", "distinct"),
     "values": (None, "pairs", "path", "labelled"),
     "turn_start": ("auto", "generation"),

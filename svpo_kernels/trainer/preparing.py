@@ -17,6 +17,7 @@ from svpo_kernels.trees.check import check_packing
 from svpo_kernels.trees.stream_check import check_streaming
 
 from . import reference
+from .choosing import AUTO
 from .head_files import FOLDER
 from .train_data import TrainData
 
@@ -39,7 +40,7 @@ class PreparingMixin:
         except PackingError as error:
             if chains:
                 self._replan(f"falling back to padded sequences: {error}", padded=True)
-            elif self.config.packing_fallback != "distinct":
+            elif self.config.packing_fallback != "distinct" and self.config.packing != AUTO:
                 raise PackingError(
                     f"{error}. Set packing=distinct (each distinct sequence once, under the model's own mask), or "
                     "packing_fallback=distinct to do so by itself"

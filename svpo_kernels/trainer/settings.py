@@ -76,8 +76,9 @@ class Settings:
                                "processes and micro-batches.")
 
     # Packing
-    packing: str = _key("tree", "tree: shared prefixes once; distinct: each sequence once; pairs: two a pair; stream: "
-                         "trees segment by segment, for any architecture, in the memory of one path.")
+    packing: str = _key("auto", "auto: tree, distinct or stream, by the fewest FLOPs, counted and said; tree: shared "
+                         "prefixes once; distinct: each sequence once; pairs: two a pair; stream: trees segment by "
+                         "segment, for any architecture, in the memory of one path.")
     packing_fallback: str = _key("none", "distinct: use packing=distinct if the model cannot be packed exactly.")
     max_tokens: str = _key("auto", "Most tokens of a pack (one micro-batch); auto takes the cut with the fewest FLOPs "
                            "that the device's memory holds by count.")

@@ -25,7 +25,7 @@ from svpo_kernels.trees import flops
 from svpo_kernels.trees.cuts import MaxTokens
 from svpo_kernels.trees.packing import StepBatch
 
-from . import checkpoint, memory, not_finite, resume, run_state
+from . import checkpoint, choosing, memory, not_finite, resume, run_state
 from .attention import runs_chains
 from .config import SVPOConfig
 from .metrics import LENGTH, Sums, as_vector, means
@@ -89,6 +89,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         self._sums, self._total = Sums(), torch.zeros(LENGTH, dtype=torch.float64)
         self._packing_checked = False
         self._state: dict[str, Any] | None = None  # of the run; the model's is that before training
+        self.args = args  # what choosing reads before Hugging Face's own __init__ sets it
         planner = None if train_data is None else EpochPlanner(train_data, self._resolved(train_data, model),
                                                                 args.seed if args.data_seed is None else args.data_seed)
         super().__init__(
@@ -114,20 +115,33 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         return self.objective.wants_reference and self.config.reference != "none"
 
     def _resolved(self, data: TrainData, model: StepModel) -> PackSettings:
-        """The settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs, of the training and
-        the evaluation data the larger one, and no path that is trained without a pair longer."""
-        if self.settings.max_tokens == "auto":
+        """The settings with `packing: auto` and `max_tokens: auto` replaced by what they come to."""
+        if self.settings.packing == choosing.AUTO:
+            given = self.settings
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self.settings, said = choosing.choose(
+                self.config, model.causal_lm, data, seed,
+                lambda way: self._sized(replace(given, packing=way), data, model))
+            if self.args.process_index == 0:
+                print(said)
+        self.settings = self._sized(self.settings, data, model)
+        return self.settings
+
+    def _sized(self, settings: PackSettings, data: TrainData, model: StepModel) -> PackSettings:
+        """Settings with `max_tokens: auto` replaced by the cut with the fewest counted FLOPs, of the training and the
+        evaluation data the larger one, and no path that is trained without a pair longer."""
+        if settings.max_tokens == "auto":
             tokens = []
             for each in [data] if self.eval_data is None or self.eval_data is data else [data, self.eval_data]:
                 pairs = each.pairs if each.num_pairs else [neighbours(tree) for tree in each.trees]
-                tokens.append(max(1, longest_alone(each, self.settings.values)[0]))
-                if self.settings.packing == "stream":  # it cuts nothing: the most of a call of leaves
+                tokens.append(max(1, longest_alone(each, settings.values)[0]))
+                if settings.packing == "stream":  # it cuts nothing: the most of a call of leaves
                     tokens[-1] = max(tokens[-1], *(max(tree.length, default=1) for tree in each.trees))
                 elif any(map(len, pairs)):
                     found = flops.choose_max_tokens(each.trees, pairs, model.config, at_most=self._fitting(model))
                     tokens[-1] = found if found >= tokens[-1] else MaxTokens(tokens[-1], found.price)
-            self.settings = replace(self.settings, max_tokens=max(tokens))
-        return self.settings
+            settings = replace(settings, max_tokens=max(tokens))
+        return settings
 
     def _fitting(self, model: StepModel) -> int:
         """Tokens of a pack that the smallest device of the run holds by count."""
