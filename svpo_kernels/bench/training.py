@@ -1,9 +1,10 @@
-"""Whole training steps on step trees, four ways: TRL's DPOTrainer, and our trainer on pairs, distinct, packed.
+"""Whole training steps on step trees: TRL's DPOTrainer, and our trainer on pairs, distinct sequences, packed trees.
 
-All four train the same pairs with the same loss, optimizer and starting weights, all pairs a step, so that their loss
-curves lie on each other; `run` raises when they do not. They take their steps in turn, so that a slow moment of the
-machine falls on all of them. TRL is at its best setting: reference log-probs computed once
-beforehand, as ours are, and its fused head. It gets token ids, so that every way trains the same sequences.
+Pairs and distinct sequences are padded under SDPA; packed trees, and distinct sequences once more, run without padding
+under tree attention. All train the same pairs with the same loss, optimizer and starting weights, all pairs a step, so
+that their loss curves lie on each other; `run` raises when they do not. They take their steps in turn, so that a slow
+moment of the machine falls on all of them. TRL is at its best setting: reference log-probs computed once beforehand, as
+ours are, and its fused head. It gets token ids, so that every way trains the same sequences.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .trees import TreeShape, build
 
 FAMILY = "training"
 TRL, PAIRS, ONCE, PACKED = "TRL DPOTrainer", "ours, pairs", "ours, distinct", "ours, packed trees"
-WAYS = {PAIRS: "pairs", ONCE: "distinct", PACKED: "tree"}
+CHAINS = "ours, distinct without padding"
+WAYS = {PAIRS: "pairs", ONCE: "distinct", CHAINS: "distinct", PACKED: "tree"}
 BATCH = 8  # pairs of a padded batch, TRL's default
 SETTINGS = dict(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, seed=0,
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, use_cpu=True, bf16=False)
@@ -105,7 +107,7 @@ def run(case: TrainingCase, rates: Rates, **_: Any) -> Iterator[Result]:
         else:
             skipped[TRL] = "trl or datasets is not installed"
         for name, packing in WAYS.items():
-            ways[name] = our_way(case, packing, Path(folder))
+            ways[name] = our_way(case, packing, Path(folder), tree_attention=name in (CHAINS, PACKED))
         found = train_in_turn(ways)
     curves = {name: ran.losses for name, ran in found.items()}
     apart = max(abs(a - b) for own in curves.values() for a, b in zip(own, curves[PACKED], strict=True))
@@ -204,18 +206,19 @@ def steps_of(ran: Ran, wait: Callable[[], None]) -> Any:
     return Steps()
 
 
-def our_way(case: TrainingCase, packing: str, folder: Path) -> Way:
-    """Our trainer. Padded batches hold what TRL's do: eight pairs of the longest sequences."""
+def our_way(case: TrainingCase, packing: str, folder: Path, tree_attention: bool = False) -> Way:
+    """Our trainer. Padded batches hold what TRL's do: eight pairs of the longest sequences; chains as many tokens."""
     from ..trainer import StepModel, SVPOTrainer, TrainData, load_config
     from ..trainer.run import quiet
 
     quiet()
     longest = max(tree.length[i] for tree, own in zip(case.trees, case.pairs, strict=True) for i in np.unique(own))
     P = sum(map(len, case.pairs))
-    config = load_config(None, output_dir=str(folder / packing), preset="step_dpo", beta=0.1, packing=packing,
-                         max_tokens="auto" if packing == "tree" else str(2 * BATCH * longest), pairs_per_step=P,
-                         max_steps=case.steps, **SETTINGS)
-    model = StepModel(make_model(case.vocab, case.hidden), value_head=False)
+    config = load_config(None, output_dir=str(folder / f"{packing}{tree_attention}"), preset="step_dpo", beta=0.1,
+                         packing=packing, max_tokens="auto" if packing == "tree" else str(2 * BATCH * longest),
+                         pairs_per_step=P, max_steps=case.steps, **SETTINGS)
+    lm = make_model(case.vocab, case.hidden)
+    model = StepModel(sk.use_tree_attention(lm) if tree_attention else lm, value_head=False)
     trainer = SVPOTrainer(model, config, TrainData(list(case.trees), list(case.pairs)))
     _quieten(trainer)
 
@@ -225,7 +228,10 @@ def our_way(case: TrainingCase, packing: str, folder: Path) -> Way:
             batch = pack["batch"]
             B, L = batch.input_ids.shape
             ran.tokens += B * L
-            ran.flops += cost.training(B * L, batch.plan.rows.shape[0], {None: B * L * L})
+            if tree_attention:
+                ran.flops += sk.count_flops(model.config, batch, "exact").packed
+            else:
+                ran.flops += cost.training(B * L, batch.plan.rows.shape[0], {None: B * L * L})
 
     return Way(trainer, Ran(), conclude)
 
