@@ -2,7 +2,8 @@
 
     python benchmarks/trl_heads.py          # about a minute on 2 cores
 
-One trainer, model and batch a case; the switch goes on and off between runs, so that both take the same steps in turn.
+A process, trainer, model and batch a case (nothing is cached from another); the switch goes on and off between runs,
+so that both take the same steps in turn.
 Medians of loss + backward; the peak is resident memory above that before the first step.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ import trl_cases as cases  # noqa: E402
 from svpo_kernels.bench.machine import describe  # noqa: E402
 from svpo_kernels.integrations.trl import use_fused_head  # noqa: E402
 
-B, L, D, RUNS = 4, 64, 256, 3
+B, L, D, RUNS = 4, 64, 256, 2
 
 
 def model(V: int) -> hf.PreTrainedModel:
@@ -88,7 +90,12 @@ def case(kind: str, V: int, f: float) -> dict:
 
 
 if __name__ == "__main__":
-    rows = [case(kind, V, f) for kind in ("dpo", "grpo") for V in (49152, 151936) for f in (0.25, 1.0)]
+    if len(sys.argv) > 1:
+        print(json.dumps(case(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))))
+        sys.exit()
+    runs = [subprocess.run([sys.executable, __file__, kind, str(V), str(f)], check=True, capture_output=True, text=True)
+            for kind in ("dpo", "grpo") for V in (49152, 151936) for f in (0.25, 1.0)]
+    rows = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
     out = {**describe("python benchmarks/trl_heads.py"), "trl": trl.__version__,
            "shape": f"{B} x {L} tokens, D = {D}, 2 layers, fp32", "rows": rows}
     (ROOT / "benchmarks" / "results" / "trl.json").write_text(json.dumps(out, indent=1) + "\n")
