@@ -1,4 +1,4 @@
-"""One process and two gloo processes, trees of unequal size: the same loss, metrics and gradients; FSDP2 too."""
+"""One process and two gloo processes, trees of unequal size: the same loss, metrics and gradients."""
 
 from __future__ import annotations
 
@@ -55,11 +55,3 @@ def test_two_processes_equal_one(results, place):
         for name, value in expected.items():
             if any(word in name for word in ("loss", "logps", "value", "margins", "policy/")):
                 assert logs[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 needs CUDA streams")
-def test_the_head_is_gathered_inside_forward_under_fsdp(tmp_path):
-    launch(2, "sharded_worker.py", tmp_path / "out.pt")
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert found["local"][0] < found["whole"][0] and found["error"] <= 1e-6

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from svpo_kernels.trainer import StepModel, SVPOTrainer
 from svpo_kernels.trainer.model import add_adapters
-from svpo_kernels.trainer.reference import cache_path
+from svpo_kernels.trainer.reference import cache_path, model_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,10 +62,11 @@ def test_the_cache_is_read_and_its_name_depends_on_model_and_data(tmp_path):
     again.prepare_reference(again.train_data)
     assert [node.ref_logp for tree in again.train_data.trees for node in tree.nodes] == expected
     data = unequal_data(references=False)
-    assert cache_path(tmp_path / "svpo", small_lm(), data, "no True") == path
+    assert cache_path(tmp_path / "svpo", model_fingerprint(small_lm()), data, "no True") == path
     less = unequal_data(((2, 2),), references=False)
-    names = {cache_path(path.parent, *key) for key in ((small_lm(), data, "no True"), (other_lm(), data, "no True"),
-                                                       (small_lm(), less, "no True"), (small_lm(), data, "bf16 True"))}
+    names = {cache_path(path.parent, model_fingerprint(lm), *key) for lm, *key in (
+        (small_lm(), data, "no True"), (other_lm(), data, "no True"), (small_lm(), less, "no True"),
+        (small_lm(), data, "bf16 True"))}
     assert len(names) == 4
 
 
@@ -73,12 +74,12 @@ def test_the_cache_depends_on_what_the_weights_do_not_tell(tmp_path):
     """The same weights under another RoPE base or norm are another reference; where a config lies changes nothing."""
     data = unequal_data(references=False)
     rope = {"rope_type": "default", "rope_theta": 5e5}
-    paths = [cache_path(tmp_path / "svpo", small_lm(**changes), data, "no True")
+    paths = [cache_path(tmp_path / "svpo", model_fingerprint(small_lm(**changes)), data, "no True")
              for changes in ({}, {"rms_norm_eps": 1e-3}, {"rope_parameters": rope})]
     assert len(set(paths)) == 3
     small_lm().save_pretrained(tmp_path / "saved")
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
-    assert cache_path(tmp_path / "svpo", saved, data, "no True") == paths[0]
+    assert cache_path(tmp_path / "svpo", model_fingerprint(saved), data, "no True") == paths[0]
     wide, narrow = (trainer_with(tmp_path / "run", lm=small_lm(rms_norm_eps=eps)) for eps in (1e-3, 1e-6))
     for trainer in (wide, narrow):
         trainer.train()

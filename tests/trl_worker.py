@@ -1,7 +1,6 @@
 """One process of a TRL run with our head: trl_worker.py OUT PROCESSES JSON ..., a run each, into OUT0.pt, OUT1.pt ...
 
-JSON: kind, ours (the switch on), fsdp, lora, and settings of TRL's configuration. accelerate turns FSDP on for
-accelerators only, so its plugin is given to a gloo group by hand.
+JSON: kind, ours (the switch on), fsdp, lora, and settings of TRL's configuration.
 """
 
 from __future__ import annotations
@@ -9,35 +8,14 @@ from __future__ import annotations
 import json
 import sys
 
-import accelerate.accelerator
-import accelerate.state
 import torch
 import trl_cases as cases
-from accelerate.utils import DistributedType
+from fsdp_on_gloo import shard_on_gloo
 from peft import LoraConfig
 from training_ import Gradients
 
 from svpo_kernels.integrations.trl import use_fused_head, with_lora_on_head
 from svpo_kernels.trainer.run import leave_group
-
-
-def shard_on_gloo():
-    """accelerate's own FSDP2 for processes without a GPU."""
-    init = accelerate.state.AcceleratorState.__init__
-
-    def with_plugin(self, *args, fsdp_plugin=None, **options):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    def sharded(self):
-        return getattr(self, "fsdp_plugin", None) is not None
-
-    accelerate.state.AcceleratorState.__init__ = with_plugin
-    accelerate.state.AcceleratorState.is_fsdp2 = property(sharded)
-    accelerate.accelerator.Accelerator.is_fsdp2 = property(lambda self: sharded(self.state))
-    accelerate.accelerator.Accelerator.distributed_type = property(
-        lambda self: DistributedType.FSDP if sharded(self.state) else self.state.distributed_type)
 
 
 def whole(tensor):

@@ -7,7 +7,7 @@ vocabulary head there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,15 @@ from svpo_kernels.trees.packing import StepBatch
 from . import attention, head_files, start
 from .heads import NO_SOFTCAP, TokenHead, ValueHead, make_head
 from .streaming import StreamedPack
+
+
+class Sealed:
+    """A call that no wrapper looks into: FSDP would cast floating inputs, and make a plain dict of a StepBatch."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
 
 
 class StepModel(nn.Module):
@@ -58,14 +67,40 @@ class StepModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> Any:  # FSDP's automatic wrapping asks for it
-        return self.causal_lm._no_split_modules
+        return [*self.layer_classes(), *self.head_classes()]
+
+    def layer_classes(self) -> list[str]:
+        """Classes of the model's layers, each a group of sharded parameters."""
+        return list(self.causal_lm._no_split_modules or ())
+
+    def head_classes(self) -> list[str]:
+        """The class of a head with weights, a group of its own: its dtype is another than the model's."""
+        return [type(self.v_head).__name__] if self.v_head is not None and self.v_head.state_dict() else []
 
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         return getattr(self.causal_lm, "_keys_to_ignore_on_save", None)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.causal_lm.get_input_embeddings()
+    @property
+    def is_tied(self) -> bool:
+        """Whether the vocabulary head is the embedding itself."""
+        embedding, layer = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()
+        return embedding is not None and layer is not None and embedding.weight is layer.weight
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """What FSDP may shard apart: not an embedding that the head, which no module's forward reads, is tied to."""
+        return None if self.is_tied else self.causal_lm.get_input_embeddings()
+
+    def tie_weights(self, *args: Any, **options: Any) -> None:
+        """FSDP ties again what it moved."""
+        self.causal_lm.tie_weights(*args, **options)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return super().__call__(Sealed(lambda: type(self).forward(self, *args, **options)))
+
+    def inside(self, act: Callable[[], Any]) -> Any:
+        """act() inside the forward, where sharded weights of the head, the norm and the embedding are whole."""
+        return super().__call__(Sealed(act))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.causal_lm.activation_checkpointing_enable(**options)
@@ -95,13 +130,15 @@ class StepModel(nn.Module):
             **asked,
         )
 
-    def forward(self, batch: StepBatch, want_logps: bool = True, labels: Tensor | None = None, reduction: str = "sum",
-                stats: tuple[str, ...] = ()) -> dict[str, Tensor | None]:
+    def forward(self, batch: StepBatch | Sealed, want_logps: bool = True, labels: Tensor | None = None,
+                reduction: str = "sum", stats: tuple[str, ...] = ()) -> Any:
         """step_logps (S,) if wanted, or (N,) with reduction "none"; entropy (N,) if in stats; values (S,) of the head,
         and with labels (S,) its step_losses (S,); else None.
 
         A batch that is streamed is run so, without gradients; with them it is `StreamingMixin.stream_step`'s.
         """
+        if isinstance(batch, Sealed):
+            return batch.call()
         if batch.get("streamed"):
             return StreamedPack(self, batch, want_logps, labels, reduction, stats).forward()
         hidden = self.hidden_states(batch)

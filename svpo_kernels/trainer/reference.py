@@ -67,9 +67,10 @@ def data_fingerprint(data: TrainData) -> str:
     return digest.hexdigest()
 
 
-def cache_path(directory: str | os.PathLike, model: nn.Module, data: TrainData, precision: str) -> Path:
-    """Where the log-probs of this model on this data lie. precision: what the forward computes in, beside dtypes."""
-    key = f"{model_fingerprint(model)} {data_fingerprint(data)} {precision}"
+def cache_path(directory: str | os.PathLike, model: str, data: TrainData, precision: str) -> Path:
+    """Where the log-probs of the model of this fingerprint on this data lie. precision: what the forward computes in,
+    beside dtypes."""
+    key = f"{model} {data_fingerprint(data)} {precision}"
     return Path(directory) / f"reference-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
 
 

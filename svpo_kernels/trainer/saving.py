@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from safetensors import SafetensorError
 
 from svpo_kernels.models import is_peft
 
-from . import checkpoint, head_contract, head_files, run_state
+from . import checkpoint, head_contract, head_files, run_state, sharding
 from .metrics import by_name
 from .model import StepModel
 
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # Hugging Face's names
+OPTIMIZER_PARTS = "optimizer_0"  # accelerate's folder of torch.distributed.checkpoint
 TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "file write failed")  # torch.save's, which are no OSError
 
 
@@ -44,6 +46,16 @@ def writing(directory: str, output_dir: str, remove: bool = False) -> Iterator[N
 
 class SavingMixin:
     """Overrides of `transformers.Trainer`: model and value head in files of their own, the manifest last."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Hugging Face's; under FSDP2 the whole model in every state_dict_type, gathered tensor by tensor."""
+        if not self.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        trained = {name for name, parameter in sharding.parameters(self.model) if parameter.requires_grad}
+        adapters = is_peft(self.model.lm)  # of a frozen base nothing is written
+        state = sharding.whole_state(self.model, self.args.should_save, lambda name: not adapters or name in trained)
+        self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the model as `AutoModelForCausalLM` reads it, the value head, tokenizer and configuration."""
@@ -93,17 +105,49 @@ class SavingMixin:
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights and value head, bit by bit as they were saved; FSDP's own format through Hugging Face's code."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+        """Weights and value head, bit by bit as they were saved, by a run of any number of processes."""
         own: StepModel = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp2:
+            first = self.args.process_index == 0
+            sharding.fill(own.lm, saved_lm_weights(own, resume_from_checkpoint) if first else None)
+            if own.v_head is not None and own.v_head.state_dict():
+                sharding.fill(own.v_head, saved_head(own.v_head, resume_from_checkpoint) if first else None)
+            return
         load_lm_weights(own, resume_from_checkpoint)
         if own.v_head is not None and own.v_head.state_dict():
-            head = head_files.read(resume_from_checkpoint)
-            if head is None:
-                raise ValueError(f"svpo train: {resume_from_checkpoint} has no {own.v_head.kind} head; this run has")
-            head_files.load_into(own.v_head, head, exact=True)
+            head_files.load_into(own.v_head, _head_of(own.v_head, resume_from_checkpoint), exact=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP2 `optimizer.pt` as a run without shards writes it, or with SHARDED_STATE_DICT a part a process."""
+        if not self.is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self._saves_shards:
+            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model,
+                                output_dir)
+        else:
+            state = sharding.whole_optimizer(self.optimizer.optimizer, self.args.should_save)
+            if self.args.should_save:
+                torch.save(state, os.path.join(output_dir, OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+
+    @property
+    def _saves_shards(self) -> bool:
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What a run of any set-up wrote: one process, DDP, FSDP2 whole or in parts."""
+        parts = checkpoint is not None and os.path.isdir(os.path.join(checkpoint, OPTIMIZER_PARTS))
+        if checkpoint is None or not (self.is_fsdp2 or parts):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if parts:
+            sharding.read_parts(self.model, self.optimizer, os.path.join(checkpoint, OPTIMIZER_PARTS))
+        else:
+            state = torch.load(os.path.join(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True, mmap=True)
+            sharding.cut_optimizer(self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -118,7 +162,36 @@ def load_lm_weights(model: StepModel, directory: str) -> None:
         if result.unexpected_keys:
             raise ValueError(f"svpo train: {directory} holds adapters this model has not: {result.unexpected_keys}")
         return
-    parameter = next(model.lm.parameters())
-    saved = type(model.lm).from_pretrained(directory, dtype=parameter.dtype)
     with torch.no_grad():
-        model.lm.load_state_dict(saved.state_dict(), strict=True)
+        model.lm.load_state_dict(_saved_lm(model, directory).state_dict(), strict=True)
+
+
+def saved_lm_weights(model: StepModel, directory: str) -> dict[str, torch.Tensor]:
+    """What `load_lm_weights` copies, by the names of the model's parameters."""
+    names = [name for name, _ in sharding.parameters(model.lm)]
+    if not is_peft(model.lm):
+        saved = dict(_saved_lm(model, directory).named_parameters())
+        return {name: saved[name] for name in names} | {name: saved[name] for name in saved.keys() - set(names)}
+    from peft import load_peft_weights
+
+    saved, adapter = load_peft_weights(directory, device="cpu"), model.lm.active_adapter
+    of = {name.replace(f".{adapter}.", "."): name for name in names if f".{adapter}." in name}
+    if lost := of.keys() - saved.keys():
+        raise ValueError(f"svpo train: {directory} has no {sorted(lost)[0]}; this run's adapters have")
+    return {of.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def _saved_lm(model: StepModel, directory: str) -> Any:
+    return type(model.lm).from_pretrained(directory, dtype=next(model.lm.parameters()).dtype)
+
+
+def _head_of(head: Any, directory: str) -> head_files.Head:
+    found = head_files.read(directory)
+    if found is None:
+        raise ValueError(f"svpo train: {directory} has no {head.kind} head; this run has")
+    return found
+
+
+def saved_head(head: Any, directory: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint's head, by the names of this run's."""
+    return {name.removeprefix("v_head."): tensor for name, tensor in _head_of(head, directory).state.items()}

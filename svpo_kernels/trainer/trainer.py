@@ -25,7 +25,7 @@ from svpo_kernels.trees import flops
 from svpo_kernels.trees.cuts import MaxTokens
 from svpo_kernels.trees.packing import StepBatch
 
-from . import checkpoint, choosing, memory, not_finite, resume, run_state
+from . import checkpoint, choosing, memory, not_finite, resume, sharding
 from .attention import runs_chains
 from .config import SVPOConfig
 from .metrics import LENGTH, Sums, as_vector, means
@@ -101,8 +101,12 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         stop = args.max_steps if args.max_steps > 0 else None
         self._sampler = None if planner is None else EpochSampler(planner, stop)
         self.add_callback(_EpochSetter(self))
+        if self.is_fsdp2:
+            sharding.keep_exact(self.accelerator)
         if self.ref_model is not None:
-            self.ref_model.to(args.device).eval().requires_grad_(False)
+            self.ref_model.eval().requires_grad_(False)
+            if not self.is_fsdp2:
+                self.ref_model.to(args.device)
 
     # -- what is trained --------------------------------------------------------------------------------------
 
@@ -188,9 +192,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         """Train; resume_from_checkpoint: True for the newest complete checkpoint of output_dir, or a path."""
         resume_from_checkpoint = resume.resolve(resume_from_checkpoint, self.args.output_dir)
         self._sums, self._total = Sums(), torch.zeros(LENGTH, dtype=torch.float64)
-        if self._state is None and (self.args.should_save or self.args.process_index == 0):
-            model = self.accelerator.unwrap_model(self.model)
-            self._state = run_state.run_state(self.config, model, self.ref_model, self.planner.fingerprint())
+        self._cut()
         if resume_from_checkpoint:
             self._on_main(lambda: resume.check(resume_from_checkpoint, self._state))
             windows, total = checkpoint.read_sums(resume_from_checkpoint)
@@ -214,11 +216,11 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         streamed = packs[0]["packing"] == "stream"
         losses = self.stream_step(model, packs, counts) if streamed else []
         scale = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        every_pack = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         for index, pack in enumerate(() if streamed else packs):
             last = index == len(packs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            held = contextlib.nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
-            with held:
+            with contextlib.nullcontext() if last or every_pack else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, pack, num_items_in_batch=counts)
                 self.accelerator.backward(loss, **scale)
             losses.append(loss.detach())
@@ -290,7 +292,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         self.prepare_reference(planner.data)
         totals = planner.totals()
         scores = self.objective.scores = StepScores() if isinstance(self.objective, ProcessReward) else None
-        with torch.no_grad(), self._mode(model, False), self.accelerator.autocast():
+        with torch.no_grad(), self._mode(model, False), self._precision():
             for block in self.watch(dataloader, description.lower()):
                 for pack in block["packs"]:
                     self.pack_loss(model, pack, totals, sums)
@@ -306,7 +308,8 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
 
     def _evaluation_model(self) -> nn.Module:
         """The model to evaluate: as it is, or prepared when FSDP or DeepSpeed have to cut it first."""
-        if not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        self._cut()
+        if not self.is_fsdp2 and not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model = self.model_wrapped = self.accelerator.prepare(self.model)
         return self.model
 
@@ -341,7 +344,17 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in own]
             optimizer.add_param_group({"params": list(head.parameters()), "lr": rate, "weight_decay": 0.0})
+        if made:
+            self._trained = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self, *args: Any, **options: Any) -> Any:
+        """As Hugging Face's. Before it accelerate has looked up every sharded parameter by the address of its shard;
+        empty shards have none, and all became one: each gets its own back."""
+        if self.is_fsdp2:
+            for group, trained in zip(self.optimizer.param_groups, self._trained, strict=True):
+                group["params"] = trained
+        return super().create_scheduler(*args, **options)
 
 
 def _only(items: list[Any]) -> Any:
