@@ -295,8 +295,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Server.bodies.append(body)
-        if self.kind == "plain" and body.get("n", 1) != 1:
-            return self._answer(400, {"error": "n must be 1"})
+        if self.kind == "plain" and ("n" in body or "include_stop_str_in_output" in body):  # as transformers serve does
+            return self._answer(422, {"detail": "Unexpected fields in the request"})
         choices = [self._choice(body, i) for i in range(body.get("n", 1))]
         return self._answer(200, {"choices": choices, "usage": {"completion_tokens": 4 * len(choices),
                                                                 "prompt_tokens": 3}})
@@ -342,7 +342,8 @@ def test_servers_of_three_kinds(server, tokenizer, kind, monkeypatch):
     (first, second), = engine.go_on([prefix], 2, torch.Generator().manual_seed(1))
     assert [first.text, first.ended] == ["step 0\n\n", False] and second.text.startswith("step")
     assert (first.ids, first.logps) == (([5, 6, 7], [-0.1, -0.2, -0.3]) if kind == "full" else (None, None))
-    assert engine.gives_ids == (kind == "full") and engine.one_by_one == (kind == "plain")
+    assert engine.gives_ids == (kind == "full")
+    assert (engine.one_by_one, engine.extras) == (kind == "plain", kind != "plain")
     assert engine.stops == (kind != "plain")  # a stop that nobody explains is not asked for again
     asked = Server.bodies[0]
     assert asked["prompt"].endswith("assistant\n") and asked["model"] == "m" and asked["return_token_ids"]

@@ -16,6 +16,13 @@ from svpo_kernels.trees.text import TextOptions, find_turn
 
 from .engines import Prefix, Sampling, Spent, Step
 
+# what OpenAI's completions API has not: some servers refuse a request that names them
+EXTRAS = ("return_token_ids", "logprobs", "include_stop_str_in_output")
+
+
+class _Refused(ValueError):
+    """The server does not take a request as it stands."""
+
 
 @dataclass
 class EndpointEngine:
@@ -36,6 +43,7 @@ class EndpointEngine:
     timeout: float = 600.0
     spent: Spent = field(default_factory=Spent)
     gives_ids: bool | None = None  # not known before the first answer
+    extras: bool = True
     one_by_one: bool = False
     stops: bool = True
 
@@ -78,27 +86,34 @@ class EndpointEngine:
         return silent and self.sampling.step_separator not in choice.get("text", "")
 
     def _choices(self, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
-        if not self.one_by_one:
+        """n choices. A server that refuses a request is asked again without what OpenAI's own API has not, then without
+        `n`; it is remembered."""
+        while True:
+            asked = {key: value for key, value in body.items() if self.extras or key not in EXTRAS}
+            if self.one_by_one:
+                seeds = [(body["seed"] + i) % (2**31 - 1) for i in range(n)]
+                return [self._ask(asked | {"n": 1, "seed": seed})["choices"][0] for seed in seeds]
             try:
-                answer = self._post(body)
-            except urllib.error.HTTPError as error:
-                if error.code not in (400, 422) or n == 1:
-                    raise ValueError(self._said(error)) from None
-                answer = {"choices": []}
-            if len(answer["choices"]) == n:
-                self._count(answer)
-                return answer["choices"]
-            self.one_by_one = True  # it takes no n
-        choices = []
-        for i in range(n):
-            plain = {key: value for key, value in body.items() if key not in ("n", "return_token_ids", "logprobs")}
-            try:
-                answer = self._post(plain | {"seed": (body["seed"] + i) % (2**31 - 1)})
-            except urllib.error.HTTPError as error:
-                raise ValueError(self._said(error)) from None
-            self._count(answer)
-            choices += answer["choices"][:1]
-        return choices
+                answer = self._ask(asked)
+                if len(answer["choices"]) == n:
+                    return answer["choices"]
+                self.one_by_one = True  # it takes no notice of n
+            except _Refused as refused:
+                if self.extras:
+                    self.extras = False
+                elif n > 1:
+                    self.one_by_one = True
+                else:
+                    raise ValueError(str(refused)) from None
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("n") == 1:
+            body = {key: value for key, value in body.items() if key != "n"}  # some refuse the very word
+        answer = self._post(body)
+        usage = answer.get("usage") or {}
+        self.spent.generated += int(usage.get("completion_tokens") or 0)
+        self.spent.read += int(usage.get("prompt_tokens") or 0)
+        return answer
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -108,18 +123,11 @@ class EndpointEngine:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return json.loads(answer.read())
-        except urllib.error.HTTPError:
-            raise
+        except urllib.error.HTTPError as error:
+            said = f"engines: {self.url} answered {error.code}: {error.read().decode(errors='replace')[:300]}"
+            raise (_Refused if error.code in (400, 422) else ValueError)(said) from None
         except (urllib.error.URLError, TimeoutError, json.JSONDecodeError) as error:
             raise ValueError(f"engines: {self.url} does not answer: {error}") from None
-
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        return f"engines: {self.url} answered {error.code}: {error.read().decode(errors='replace')[:300]}"
-
-    def _count(self, answer: dict[str, Any]) -> None:
-        usage = answer.get("usage") or {}
-        self.spent.generated += int(usage.get("completion_tokens") or 0)
-        self.spent.read += int(usage.get("prompt_tokens") or 0)
 
     def _step(self, choice: dict[str, Any], to_the_end: bool) -> Step:
         """What a choice says, cut behind the first separator. Text that is cut or put back has no ids any more."""

@@ -25,6 +25,7 @@ from svpo_kernels.trainer.resume import file_digest
 
 from .engines import LocalEngine, Prefix, Sampling
 from .grow import Growth, LeafValue, Node, grow
+from .lines import Lines
 from .verifiers import Verifier, verifier
 
 PROMPTS = ("prompt", "question", "problem", "query")
@@ -161,42 +162,26 @@ def run_rollout(config: RolloutConfig, engine: Any = None, say: Callable[[str], 
     Raises ValueError, FileExistsError and DataError in one line.
     """
     out = Path(config.output_file)
-    if out.exists():
-        raise FileExistsError(f"{out}: is there already; name another output_file, or remove it")
     check = verifier(config.verifier, unsafe=config.unsafe_verifier)
     asked = read_prompts(config.prompts_file, config.max_prompts)
+    lines = Lines(out, "svpo rollout", {"prompts": file_digest(config.prompts_file), **{
+        key: value for key, value in asdict(config).items()
+        if key not in ("output_file", "budget_tokens", "prompts_file", "device")}})
     engine = engine if engine is not None else load_engine(config)
-    made_from = {"prompts": file_digest(config.prompts_file), **{
-        key: value for key, value in asdict(config).items() if key not in ("output_file", "budget_tokens",
-                                                                           "prompts_file", "device")}}
-    partial = out.with_name(f"{out.name}.partial")
-    rows = _taken_up(partial, made_from)
-    if rows:
-        say(f"{len(rows):,} prompts were done before: going on behind them")
-    left = asked[len(rows):]  # prompts are done in the file's order
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in ({"svpo rollout": made_from}, *rows))
-        for each in tqdm(left, desc="prompts", unit="tree", disable=not sys.stderr.isatty()):
+    if lines.rows:
+        say(f"{len(lines.rows):,} prompts were done before: going on behind them")
+    with lines:  # prompts are done in the file's order
+        for each in tqdm(asked[len(lines.rows):], desc="prompts", unit="tree", disable=not sys.stderr.isatty()):
             if config.budget_tokens is not None and engine.spent.generated >= config.budget_tokens:
                 break
-            row = _one(config, engine, each, check)
-            file.write(_line(row))
-            file.flush()
-            rows.append(row)
-    stopped = len(asked) - len(rows)
-    if stopped:
-        say(f"the budget of {config.budget_tokens:,} tokens is spent: {stopped:,} of {len(asked):,} prompts have no "
-            f"tree; {partial} is taken up when the run is started again with more")
-        return _summary(rows, engine, say)
-    finished = out.with_name(f"{out.name}.finished")
-    with finished.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(finished, out)
-    partial.unlink()
-    return _summary(rows, engine, say) | {"output_file": str(out)}
+            lines.add([_one(config, engine, each, check)])
+    left = len(asked) - len(lines.rows)
+    if left:
+        say(f"the budget of {config.budget_tokens:,} tokens is spent: {left:,} of {len(asked):,} prompts have no tree; "
+            f"{lines.partial} is taken up when the run is started again with more")
+        return _summary(lines.rows, engine, say)
+    lines.finish()
+    return _summary(lines.rows, engine, say) | {"output_file": str(out)}
 
 
 def _one(config: RolloutConfig, engine: Any, asked: Asked, check: Verifier) -> dict[str, Any]:
@@ -290,25 +275,6 @@ def _walk(node: Node, tag: str) -> Iterator[tuple[str, Node]]:
     for i, child in enumerate(node.children):
         yield f"{tag}.{i}", child
         yield from _walk(child, f"{tag}.{i}")
-
-
-def _taken_up(partial: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whole lines of a killed run of the same settings. Raises ValueError that names what differs."""
-    if not partial.is_file():
-        return []
-    whole = [line for line in partial.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    if not whole:
-        return []
-    before, now = json.loads(whole[0])["svpo rollout"], json.loads(json.dumps(made_from))
-    other = next((key for key in now if before.get(key) != now[key]), None)
-    if other is not None:
-        raise ValueError(f"rollout: {partial} is what another run left: {other} was {before.get(other)}, is "
-                         f"{now[other]}; remove it, or name another output_file")
-    return [json.loads(line) for line in whole[1:]]
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _summary(rows: list[dict[str, Any]], engine: Any, say: Callable[[str], None]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from svpo_kernels.trainer import prm_metrics
 from svpo_kernels.trainer.resume import file_digest
 
 from . import choose
+from .lines import Lines, as_line
 from .loading import ScoringModel, load_scoring_model, local
 from .score import Runner, Scored
 from .solutions import Problems, read_problems
@@ -95,9 +95,9 @@ def run_score(file: str, model: str | ScoringModel, out: str | os.PathLike | Non
         raise DataError(f"{file}: rows of a problem and its answers make no trees; --trees needs a file of "
                         "solutions or trees")
     source = file if hub.hub_name(file) else file_digest(file)
-    made_from = {"file": source, "model": identity, **asdict(options)}
-    lines = _write(out, made_from, runner, problems, options, say)
-    return _summary(lines, runner, problems, options, file, out, best_of, trees, say)
+    lines = Lines(out, "svpo score", {"file": source, "model": identity, **asdict(options)})
+    _write(lines, runner, problems, options, say)
+    return _summary(lines.rows, runner, problems, options, file, out, best_of, trees, say)
 
 
 def model_identity(model: str) -> dict[str, Any]:
@@ -110,41 +110,25 @@ def model_identity(model: str) -> dict[str, Any]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write(out: Path, made_from: dict[str, Any], runner: Runner, problems: Problems, options: ScoreOptions,
-           say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _write(lines: Lines, runner: Runner, problems: Problems, options: ScoreOptions, say: Callable[[str], None]) -> None:
     """The lines of all solutions; what a killed run left is kept, all else scored and appended, chunk by chunk."""
-    partial = out.with_name(f"{out.name}.partial")
-    lines = _taken_up(partial, made_from)
-    done = {(line["row"], line["solution"]) for line in lines}
-    if lines:
-        say(f"{len(lines):,} solutions were scored before: going on behind them")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"svpo score": made_from}) + "\n")
-        file.writelines(_line(line) for line in lines)
+    done = {(line["row"], line["solution"]) for line in lines.rows}
+    if lines.rows:
+        say(f"{len(lines.rows):,} solutions were scored before: going on behind them")
+    with lines:
         bar = tqdm(total=len(problems.solutions), desc="solutions", disable=not sys.stderr.isatty())
         for group, encoded in _chunks(runner, problems, options):
             fresh = [pair for pair in encoded if (pair[0].row, pair[0].index) not in done]
-            made = [_described(scored, options) for scored in runner.score(fresh)] if fresh else []
-            file.writelines(_line(line) for line in made)
-            file.flush()
-            lines += made
+            lines.add([_described(scored, options) for scored in runner.score(fresh)] if fresh else [])
             bar.update(group)
         bar.close()
-    if not lines:
-        partial.unlink()
+    if not lines.rows:
+        lines.partial.unlink()
         raise DataError(f"no solution was scored: {problems.ledger.summary()}")
-    for group in _by_problem(lines):
+    for group in _by_problem(lines.rows):
         for rank, line in enumerate(sorted(group, key=lambda line: -line["score"]), 1):
             line["rank"] = rank
-    finished = out.with_name(f"{out.name}.finished")
-    with finished.open("w", encoding="utf-8") as file:
-        file.writelines(_line(line) for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(finished, out)
-    partial.unlink()
-    return lines
+    lines.finish()
 
 
 def _chunks(runner: Runner, problems: Problems, options: ScoreOptions) -> Iterator[tuple[int, list]]:
@@ -159,28 +143,6 @@ def _chunks(runner: Runner, problems: Problems, options: ScoreOptions) -> Iterat
             read, encoded, tokens = 0, [], 0
     if read:
         yield read, encoded
-
-
-def _taken_up(partial: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:
-    """The whole lines that a killed run of the same file, model and options left. Raises ValueError naming what differs
-    for another run's."""
-    if not partial.is_file():
-        return []
-    whole = [line for line in partial.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    if not whole:
-        return []
-    before = json.loads(whole[0])["svpo score"]
-    now = json.loads(json.dumps(made_from))
-    other = [key for key in now if before.get(key) != now[key]]
-    if other:
-        key = other[0]
-        raise ValueError(f"svpo score: {partial} is what another run left: {key} was {before.get(key)}, is {now[key]}; "
-                         "remove it, or name another file")
-    return [json.loads(line) for line in whole[1:]]
-
-
-def _line(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _described(scored: Scored, options: ScoreOptions) -> dict[str, Any]:
@@ -284,12 +246,12 @@ def _write_best(path: Path, groups: list[list[dict[str, Any]]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for group in groups:
             scores = [line["score"] for line in group]
-            line = group[prm_metrics.best(scores)]
+            winner = group[prm_metrics.best(scores)]
             vote = choose.weighted_majority([each.get("answer") for each in group], scores)
-            chosen = {key: line[key] for key in kept if key in line} | {"of": len(group)}
+            chosen = {key: winner[key] for key in kept if key in winner} | {"of": len(group)}
             if vote is not None:
                 chosen["weighted_majority"] = {"solution": group[vote]["solution"], "answer": group[vote]["answer"]}
-            file.write(_line(chosen))
+            file.write(as_line(chosen))
 
 
 def fill_trees(problems: Problems, lines: list[dict[str, Any]], path: str | os.PathLike) -> list[str]:
