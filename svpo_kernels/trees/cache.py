@@ -50,7 +50,8 @@ def _classes() -> dict[type, type | None]:
     states = (theirs.LinearAttentionLayer, theirs.LinearAttentionAndFullAttentionLayer,
               theirs.LinearAttentionAndSlidingWindowAttentionLayer)
     updates = {"update_conv_state": _assign_conv_state, "update_recurrent_state": _assign_recurrent_state}
-    return dict.fromkeys(plain) | {kind: type(f"Assigned{kind.__name__}", (kind,), updates) for kind in states}
+    found: dict[Any, type | None] = dict.fromkeys(plain)
+    return found | {kind: type(f"Assigned{kind.__name__}", (kind,), updates) for kind in states}
 
 
 def empty(config: Any) -> Any:
