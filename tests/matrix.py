@@ -25,8 +25,8 @@ from pathlib import Path
 
 from processes import TESTS, environment
 
-FILES = ("accuracy", "aggregate", "linear_entropy", "linear_lora", "linear_step_logps", "linear_shards", "prm",
-         "small_ops", "step_logps", "svpo_loss")
+FILES = ("accuracy", "aggregate", "linear_lora", "linear_shards", "linear_stats", "linear_step_logps", "linear_top_k",
+         "prm", "small_ops", "step_logps", "step_policy", "svpo_loss", "tree_attention")
 SETTINGS = {
     "MKL_ENABLE_INSTRUCTIONS": ("AVX2", "AVX512"),
     "ONEDNN_MAX_CPU_ISA": ("AVX2", "AVX512_CORE"),
@@ -106,6 +106,9 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--seed", type=int, default=0, help="of the tests' inputs")
     given = parser.parse_args()
+    gone = [name for name in FILES if not (TESTS / f"test_{name}.py").exists()]
+    if gone:
+        parser.error(f"there is no tests/test_{gone[0]}.py: pytest would run nothing at all")
     files = [name for name in (SAMPLE_FILES if given.sample else FILES) if not given.words or
              any(word in name for word in given.words)]
     paths = [path for path in (sample() if given.sample else full() if given.full else pairwise()) if usable(path)]
