@@ -61,7 +61,7 @@ AGGREGATES = (
 POLICY = (
     ["test_step_policy.py"],
     "shuffled2 and cuda and (clamps or hand or zero or member or cut or ((terms or metrics) and (mixed or many or "
-    "tensor or no_members or every_token or dual or cispo_steps or extreme)))",
+    "tensor or no_members or every_token or dual or cispo_steps or cispo_mean or extreme)))",
 )
 
 
@@ -200,7 +200,8 @@ MUTANTS = [
     Mutant("step_policy.cu", "weight_of(in.weights, order[begin])", "weight_of(in.weights, begin)", POLICY),
     Mutant("step_policy.cu", "if (own == 0.0) return 1.0;", "", POLICY),
     Mutant("step_policy.cu", "mean == mean ? largest : NAN", "largest", POLICY),
-    Mutant("step_policy.cu", "block < blocks; block += kThreads", "block < 1; block += kThreads", POLICY),
+    Mutant("step_policy.cu", "block < blocks; block += kThreads", "block < blocks && block < 1; block += kThreads",
+           POLICY),
     Mutant("step_policy.cu", "if (!weighs && !own) return 0.0;", "", POLICY),
     Mutant("small.cuh", "D - column >= kColumns && ", "D - column >= 1 && ", HEADS),
     Mutant("small.cuh", "(row + column) % 16 == 0;", "(row + column) % 8 == 0;", HEADS),
