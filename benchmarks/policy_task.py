@@ -241,7 +241,7 @@ def main() -> None:
     for key, default in (("seeds", 3), ("rounds", 4), ("budget", 2500), ("taught", 300), ("passes", 2),
                          ("held-out", 96)):
         parser.add_argument(f"--{key}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-4)
     size = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(size.processes) as pool:
         rows = [row for found in pool.starmap(run, [(seed, size) for seed in range(size.seeds)], chunksize=1)
