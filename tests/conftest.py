@@ -22,6 +22,8 @@ import svpo_kernels as sk  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WORKERS, DEFAULT = 2, "not slow and not exhaustive"
+# Minutes each: they begin first, so that at the end no process waits for the other.
+LONGEST = ("test_triton_numerics.py", "test_cuda_emulated.py", "test_triton_pins.py", "test_wheels.py", "test_kills.py")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:
