@@ -145,12 +145,13 @@ def test_the_check_passes_where_it_should(name, dtype):
 
 
 def test_the_check_names_the_layer_that_differs(tmp_path, monkeypatch):
-    """A layer that leaves its cache alone sees its own segment only."""
+    """A layer that fills its cache and does not read it sees its own segment only."""
     attention = hf.models.llama.modeling_llama.LlamaAttention
     forward = attention.forward
 
     def forgetful(self, *args, **given):
         if self.layer_idx == 1:
+            forward(self, *args, **given)
             given |= {"cache": None, "attention_mask": None}
         return forward(self, *args, **given)
 

@@ -36,6 +36,12 @@ def test_step_logps_in_the_interpreter() -> None:
     assert passed(interpret("test_step_logps.py", "-k", "triton")) >= 70
 
 
+def test_a_sample_of_linear_step_logps_in_the_interpreter() -> None:
+    """Rows with several labels in every dtype, each mode."""
+    assert passed(interpret("test_linear_step_logps.py", "-k", "triton and values and branching")) >= 8
+
+
+@pytest.mark.slow
 def test_linear_step_logps_in_the_interpreter() -> None:
     """Every case frozen and recomputed (which takes every row kernel), the other modes on the branching ones."""
     chosen = "triton and (frozen or recompute or (values and branching) or form or again or twice)"
@@ -70,6 +76,7 @@ def test_outputs_are_written_whole_and_nothing_beside_them() -> None:
     assert passed(interpret("test_gpu.py", "-k", chosen)) >= 9
 
 
+@pytest.mark.slow
 def test_entropies_and_low_rank_factors_in_the_interpreter() -> None:
     """The kernels that only they take: a case of each mode of the logits, and every dtype once."""
     names = "three_columns or (softcap_temperature and not fp16) or branching or minus_infinity or spreads or see"

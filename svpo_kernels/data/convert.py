@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def _tree_row(record: Record) -> dict[str, Any]:
     for tag, node in zip(tags, record.nodes, strict=True):
         state: dict[str, Any] = {"text": node.text, "terminal": node.terminal}
         values = {key: getattr(node, name) for name, key in _NODE_KEYS.items()}
-        states[tag] = state | {key: value for key, value in values.items() if value is not None}
+        states[tag] = state | {key: list(value) if isinstance(value, Sequence) else value
+                               for key, value in values.items() if value is not None}
     row: dict[str, Any] = {"question" if isinstance(record.prompt, str) else "prompt": record.prompt}
     answer = record.meta.get("answer", record.meta.get("final_answer"))
     more = {"answer": answer, "step_separator": record.step_separator, "prompt_ids": record.prompt_ids}

@@ -293,7 +293,8 @@ def linear_step_logps(
     hidden_needs, weight_needs, bias_needs = needs
     mode = modes.mode(hidden_needs, weight_needs, bias_needs, torch.is_grad_enabled(), "entropy" in stats, needs_lora,
                       logsumexp="logsumexp" in stats)
-    group, sizes = "", tuple[int, ...]()
+    group = ""
+    sizes: tuple[int, ...] = ()
     if process_group is not None:
         group = process_group.group_name
         same = {"hidden": (hidden.dtype, *hidden.shape), "weight": weight.shape[1], "vocab_size": vocab_size,
@@ -308,7 +309,8 @@ def linear_step_logps(
     base = base._replace(temperature=base.temperature / scale, softcap=base.softcap / scale)
     temperatures = None if own is None else row_temperatures(op, own, plan, labels, shift, hidden)
     temperatures = temperatures / scale if own is not None and scale != 1.0 else temperatures
-    options = Options._make((*base, float(logits_budget_mb), mode, stats, float(lora_scaling), group, sizes))
+    more: Any = (float(logits_budget_mb), mode, stats, float(lora_scaling), group, sizes)
+    options = Options(*base, *more)
     batched = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
     main = MainGrad.of(op, given)
     out, *found = _LinearStepLogps.apply(
