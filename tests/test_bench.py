@@ -163,6 +163,7 @@ def test_peak_memory_sees_what_was_freed_again():
     assert kept == 64 << 18 and 60 < mebibytes < 80
 
 
+@pytest.mark.slow
 def test_every_family_runs_and_every_plot_is_drawn(tmp_path):
     names = [name for name in suite.FAMILIES if name != "training"]
     console = Console(file=(tmp_path / "log").open("w"), width=160)

@@ -140,6 +140,7 @@ def compare(tmp_path, rows):
             raise AssertionError(f"run {place}, {dict(zip(KEYS, row, strict=True))}: {error}") from error
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_equal_one(tmp_path):
     compare(tmp_path, [("sharded", 1, 1, "float32", 0, "fsdp", "cache", "tree", "preference", 1),
                        ("full", 0, 0, "autocast", 1, "none", "online", "tree", "preference", 0)])

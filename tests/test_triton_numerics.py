@@ -53,17 +53,20 @@ def test_svpo_loss_in_the_interpreter() -> None:
     assert passed(interpret("test_svpo_loss.py", "-k", "triton and not (many and metrics) and not bitwise")) >= 63
 
 
+@pytest.mark.slow
 def test_step_policy_in_the_interpreter() -> None:
     """Every case of terms and gradients but the longest: a program a step is slow here."""
     chosen = "triton and (clamps or hand or zero or member or (terms and not many and not long))"
     assert passed(interpret("test_step_policy.py", "-k", chosen)) >= 45
 
 
+@pytest.mark.slow
 def test_prm_ops_in_the_interpreter() -> None:
     """Every case but the slowest: a program a step is 50 ms here."""
     assert passed(interpret("test_prm.py", "-k", "triton and not (many and loss) and not bitwise")) >= 90
 
 
+@pytest.mark.slow
 def test_aggregates_and_raw_ops_in_the_interpreter() -> None:
     """Hundreds of sequences in fp32 only; the raw ops, autocast and bad values as everywhere."""
     files = ("test_aggregate.py", "test_small_ops.py", "test_small_ops_bad_input.py")
@@ -71,6 +74,7 @@ def test_aggregates_and_raw_ops_in_the_interpreter() -> None:
     assert passed(interpret(*files, "-k", chosen)) >= 125
 
 
+@pytest.mark.slow
 def test_outputs_are_written_whole_and_nothing_beside_them() -> None:
     chosen = "triton and (written_whole and bfloat16 or stays_inside and float32)"
     assert passed(interpret("test_gpu.py", "-k", chosen)) >= 9
@@ -85,6 +89,7 @@ def test_entropies_and_low_rank_factors_in_the_interpreter() -> None:
     assert passed(interpret("test_linear_stats.py", "test_linear_lora.py", "-k", chosen)) >= 20
 
 
+@pytest.mark.slow
 def test_traffic() -> None:
     """Bytes against their minimum; what does not exist is neither read nor written."""
     output = interpret("triton_traffic.py", "-s")

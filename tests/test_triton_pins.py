@@ -1,8 +1,7 @@
 """Every Triton kernel compiled for GPUs that are not here: what it costs, and that its rows move 16 bytes at a time.
 
-The calls of triton_calls.py that cover every kernel, dtype, mode and alignment have pins: by default those for
-sm_90 are looked at, with `-m slow` those for the other architectures. All combinations, which must spill nothing
-either, with `-m exhaustive`.
+The calls of triton_calls.py that cover every kernel, dtype, mode and alignment have pins: looked at with
+`-m slow`. All combinations, which must spill nothing either, with `-m exhaustive`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,8 @@ triton = pytest.importorskip("triton", "3.6", reason="no triton from 3.6 on is i
 import triton_pins as pins  # noqa: E402
 from triton_compile import ARCHITECTURES, Usage, instructions, triton_kernels  # noqa: E402
 
-BY_DEFAULT = 90
 
-
-@pytest.fixture(scope="module", params=[pytest.param(arch, marks=() if arch == BY_DEFAULT else pytest.mark.slow)
-                                        for arch in ARCHITECTURES])
+@pytest.fixture(scope="module", params=[pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES])
 def covering(request):
     return pins.launches(full=False, architectures=(request.param,))
 
