@@ -99,7 +99,7 @@ print(_native.cuda_reason() or "usable")
 @pytest.mark.slow
 def test_the_sdist_has_every_source(source: Path) -> None:
     wanted = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"]
-    for folder, suffixes in (("csrc", {".h", ".cpp", ".cu", ".cuh"}), ("svpo_kernels", {".py"})):
+    for folder, suffixes in (("csrc", {".h", ".cpp", ".cu", ".cuh"}), ("svpo_kernels", {".py", ".html"})):
         wanted += [str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     assert not [name for name in wanted if not (source / name).exists()]
 
@@ -108,7 +108,7 @@ def test_the_sdist_has_every_source(source: Path) -> None:
 def test_without_cuda(source: Path, cpu_wheel: Path) -> None:
     files = contents(cpu_wheel)
     assert "svpo_kernels/_C" in files and "svpo_kernels/_C_cuda" not in files
-    sources = {str(path.relative_to(source)) for pattern in ("*.py", "py.typed")
+    sources = {str(path.relative_to(source)) for pattern in ("*.py", "*.html", "py.typed")
                for path in (source / "svpo_kernels").rglob(pattern)}
     assert files - {"svpo_kernels/_C"} == sources, "the package, and nothing beside it"
     assert "svpo_kernels._C_cuda is not in this build" in use(cpu_wheel, USE)
