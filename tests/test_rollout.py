@@ -93,10 +93,12 @@ def test_values_come_from_the_last_token_that_is_text(model, tokenizer):
     engine = engine_of(model, tokenizer)
     engine.head = head
     prefixes = [engine.begin("How many?"), engine.begin("A longer question: how many are there in all?")]
-    for value, prefix in zip(engine.values(prefixes), prefixes, strict=True):
+    scores, steps = engine.advance(prefixes, 1, torch.Generator(), keep=lambda scores: [])
+    assert steps == [[], []]
+    for score, prefix in zip(scores, prefixes, strict=True):
         assert tokenizer.decode(prefix.ids[-1:]) == "\n"  # white space behind "assistant"
         hidden = model.model(torch.tensor([prefix.ids])).last_hidden_state
-        assert value == pytest.approx(torch.tanh(head.summary(hidden[0, -2])).item(), abs=1e-5)
+        assert 2 * score - 1 == pytest.approx(torch.tanh(head.summary(hidden[0, -2])).item(), abs=1e-5)
 
 
 def test_a_dead_end_of_tokens(model, tokenizer):
@@ -165,6 +167,24 @@ def test_a_node_without_a_way_on_is_a_dead_end():
     root = grow(Scripted({"": [("  ", 0.0, False)]}), "q", lambda prefix: -1.0, lambda prefixes: [0.0] * len(prefixes),
                 Growth(simulations=3, children=1), torch.Generator())
     assert root.closed and root.visits == 3 and root.total == -3.0
+
+
+def test_an_answer_is_judged_once_however_often_it_is_visited():
+    judged = []
+    root = grow(Scripted({"": [("a", 0.0, True), ("b", 0.0, True)]}), "q",
+                lambda prefix: judged.append(prefix.text) or 1.0, lambda prefixes: [0.0] * len(prefixes),
+                Growth(simulations=9, children=2, leaves=1), torch.Generator())
+    assert sorted(judged) == ["a", "b"] and sum(child.visits for child in root.children) == 8
+
+
+def test_a_leaf_is_worth_the_heads_score_of_the_forward_that_goes_on(model, tokenizer):
+    engine = engine_of(model, tokenizer)
+    engine.head = ValueHead(SMALL["hidden_size"])
+    torch.nn.init.normal_(engine.head.summary.weight)
+    root = grow(engine, "How many?", lambda prefix: 0.0, None, Growth(simulations=1, children=2),
+                torch.Generator().manual_seed(0))
+    (score,), _ = engine.advance([root.prefix], 1, torch.Generator(), keep=lambda scores: [])
+    assert root.total == pytest.approx(2 * score - 1) and engine.spent.read == 2 * len(root.prefix.ids)
 
 
 def test_a_value_out_of_range_is_refused():

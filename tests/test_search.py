@@ -24,7 +24,6 @@ TEXTS = ["Two and two are four. So the answer is 4.", "First add. Then take away
 class Scripted:
     """Steps and scores are given by text; n draws take the script's steps by turns."""
 
-    value_scale = (0.0, 1.0)
     head = "scripted"
 
     def __init__(self, script, scores):

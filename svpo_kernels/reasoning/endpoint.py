@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from svpo_kernels.trees.template import Template
-from svpo_kernels.trees.text import TextOptions, find_turn
+from svpo_kernels.trees.text import TextOptions
 
-from .engines import Prefix, Sampling, Spent, Step
+from .engines import Prefix, Sampling, Spent, Step, begin
 
 # what OpenAI's completions API has not: some servers refuse a request that names them
 EXTRAS = ("return_token_ids", "logprobs", "include_stop_str_in_output")
@@ -47,17 +47,14 @@ class EndpointEngine:
     one_by_one: bool = False
     stops: bool = True
 
-    head = None
+    head = None  # a server gives no hidden states: values come from a second model or from rollouts
+
+    def __post_init__(self) -> None:
+        self._template = Template(self.tokenizer, self.text_options.chat_template_kwargs,
+                                  self.text_options.template_date)
 
     def begin(self, prompt: Any) -> Prefix:
-        template = Template(self.tokenizer, self.text_options.chat_template_kwargs, self.text_options.template_date)
-        turn, _, _ = find_turn(template, prompt, self.text_options)
-        self._prompt = turn.generation
-        ids = self.tokenizer(turn.generation, add_special_tokens=turn.special, verbose=False)["input_ids"]
-        return Prefix(list(ids), "")
-
-    def values(self, prefixes: Sequence[Prefix]) -> list[float]:
-        raise ValueError("engines: a server gives no hidden states: values come from a second model or from rollouts")
+        return begin(self._template, prompt, self.text_options)[1]
 
     def go_on(self, prefixes: Sequence[Prefix], n: int, generator: torch.Generator, *,
               to_the_end: bool = False) -> list[list[Step]]:
@@ -67,7 +64,7 @@ class EndpointEngine:
             left = self.sampling.max_tokens - prefix.used
             most = left if to_the_end else min(left, self.sampling.max_step_tokens)
             seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-            body = {"model": self.model, "prompt": self._prompt + prefix.text, "max_tokens": max(most, 1),
+            body = {"model": self.model, "prompt": prefix.prompt + prefix.text, "max_tokens": max(most, 1),
                     "temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "seed": seed, "n": n,
                     "logprobs": 0, "return_token_ids": True}
             choices = self._choices(body | ({} if to_the_end else self._stop()), n)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from svpo_kernels.models import unwrap
-from svpo_kernels.trainer.heads import ValueHead
-from svpo_kernels.trees.template import Template, turn_end
+from svpo_kernels.trainer.heads import unit_scores
+from svpo_kernels.trees.template import Template, Turn, turn_end
 from svpo_kernels.trees.text import TextOptions, find_turn, own_ids
 
 
@@ -53,15 +53,24 @@ class Step(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """A prompt and the steps so far: ids where an engine works with ids, else text."""
+    """A prompt and the steps so far. ids: of both, None behind a step without ids. text: of the answer so far, and used
+    its tokens; prompt: the text in front of it."""
 
     ids: list[int] | None
     text: str
-    used: int = 0  # tokens of the answer so far
+    used: int = 0
+    prompt: str = ""
 
     def then(self, step: Step) -> Prefix:
         ids = None if self.ids is None or step.ids is None else [*self.ids, *step.ids]
-        return Prefix(ids, self.text + step.text, self.used + step.tokens)
+        return self._replace(ids=ids, text=self.text + step.text, used=self.used + step.tokens)
+
+
+def begin(template: Template, prompt: Any, options: TextOptions) -> tuple[Turn, Prefix]:
+    """The assistant's turn behind a prompt (text or messages), and the prefix that an answer goes on from."""
+    turn, _, _ = find_turn(template, prompt, options)
+    ids = template.tokenizer(turn.generation, add_special_tokens=turn.special, verbose=False)["input_ids"]
+    return turn, Prefix(list(ids), "", prompt=turn.generation)
 
 
 @dataclass
@@ -99,24 +108,18 @@ class LocalEngine:
 
     def begin(self, prompt: Any) -> Prefix:
         """The prefix that an answer to this prompt (text or messages) goes on from, as a generating model meets it."""
-        turn, _, _ = find_turn(self._template, prompt, self.text_options)
+        turn, prefix = begin(self._template, prompt, self.text_options)
         end, _ = turn_end(self._template, turn, "auto") if self.tokenizer.eos_token or turn.end else ("", "")
         self._ends = self._end_ids(end)
         if not self._ends:
             raise ValueError("engines: the tokenizer and the model name no token that ends an answer")
-        ids = self.tokenizer(turn.generation, add_special_tokens=turn.special, verbose=False)["input_ids"]
-        return Prefix(list(ids), "")
+        return prefix
 
     def _end_ids(self, end: str) -> set[int]:
         given = getattr(getattr(unwrap(self.model), "generation_config", None), "eos_token_id", None)
         found = set(given if isinstance(given, list) else [given]) | {self.tokenizer.eos_token_id}
         last = self.tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"][-1:] if end else []
         return {int(token) for token in [*found, *last] if token is not None}
-
-    @torch.no_grad()
-    def values(self, prefixes: Sequence[Prefix]) -> list[float]:
-        """The head's score at the last token of each prefix: in [-1, 1] of a value head, else in [0, 1]."""
-        return self._run(prefixes)[2]
 
     def go_on(self, prefixes: Sequence[Prefix], n: int, generator: torch.Generator, *,
               to_the_end: bool = False) -> list[list[Step]]:
@@ -126,7 +129,7 @@ class LocalEngine:
     @torch.no_grad()
     def advance(self, prefixes: Sequence[Prefix], n: int, generator: torch.Generator, *, to_the_end: bool = False,
                 keep: Callable[[list[float]], list[int]] | None = None) -> tuple[list[float], list[list[Step]]]:
-        """(the head's score of each prefix, n steps behind it): one forward a prefix, then all are drawn at once.
+        """(the head's score of each prefix, in [0, 1], n steps behind it): one forward a prefix, then all are drawn.
 
         keep: told the scores, names the prefixes that go on; the others get no step.
         """
@@ -134,11 +137,9 @@ class LocalEngine:
         kept = list(range(len(prefixes))) if keep is None else keep(scores)
         found: list[list[Step]] = [[] for _ in prefixes]
         if kept:
-            index = torch.tensor(kept, device=self.device)
-            cache.batch_select_indices(index)
-            cache.batch_repeat_interleave(n)
-            steps = self._steps([prefixes[i] for i in kept], n, generator, to_the_end, cache,
-                                *(x[index].repeat_interleave(n, 0) for x in (logits, mask)))
+            rows = torch.tensor([i for i in kept for _ in range(n)], device=self.device)
+            cache.batch_select_indices(rows)
+            steps = self._steps([prefixes[i] for i in kept], n, generator, to_the_end, cache, logits[rows], mask[rows])
             for place, i in enumerate(kept):
                 found[i] = steps[place * n:(place + 1) * n]
         return scores, found
@@ -153,9 +154,10 @@ class LocalEngine:
         running, ended = left > 0, [False] * rows
         while running.any():
             token, logp = self._draw(logits, generator)
+            drawn, known = token.tolist(), logp.tolist()
             for i in running.nonzero().flatten().tolist():
-                ids[i].append(int(token[i]))
-                logps[i].append(float(logp[i]))
+                ids[i].append(drawn[i])
+                logps[i].append(known[i])
                 ended[i] = ids[i][-1] in self._ends
                 closed = not to_the_end and self._closed(ids[i])
                 running[i] = not (ended[i] or closed or len(ids[i]) >= left[i])
@@ -191,7 +193,7 @@ class LocalEngine:
         if self.head is not None:
             ends = [width - len(prefix.ids) + own_ids(self.tokenizer, prefix.ids) - 1 for prefix in prefixes]
             rows = torch.arange(len(prefixes)) * width + torch.tensor(ends)
-            scores = self.head(out.hidden_states[-1], rows.to(self.device)).scores.float().tolist()
+            scores = unit_scores(self.head, out.hidden_states[-1], rows.to(self.device)).tolist()
         return out.logits[:, -1].float(), out.past_key_values, scores, mask
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -217,8 +219,3 @@ class LocalEngine:
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    @property
-    def value_scale(self) -> tuple[float, float]:
-        """What `values` gives at worst and at best."""
-        return (-1.0, 1.0) if isinstance(self.head, ValueHead) else (0.0, 1.0)

@@ -19,7 +19,7 @@ import torch
 from .engines import Prefix, Step
 
 Judge = Callable[[Prefix], float]  # whole answers: +1 right, -1 wrong
-LeafValue = Callable[[list[Prefix]], list[float]]  # of answers that go on, in [-1, 1]
+LeafValue = Callable[[list[Prefix]], list[float]]  # of answers that go on, in [-1, 1]; None: the engine's own head
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Growth:
             raise ValueError(f"rollout: c_puct must be at least 0, got {self.c_puct}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
-    """A step in the tree; the root is the prompt and has none."""
+    """A step in the tree; the root is the prompt and has none. verdict: of the judge, where the answer is over."""
 
     prefix: Prefix
     parent: Node | None = None
@@ -53,6 +53,7 @@ class Node:
     visits: int = 0
     total: float = 0.0
     closed: bool = False  # the answer is over, or as long as may be
+    verdict: float | None = None
     children: list[Node] = field(default_factory=list)
 
     @property
@@ -66,7 +67,7 @@ class Node:
         return max(self.children, key=lambda node: node.value + explore * node.prior / (1 + node.visits))
 
 
-def grow(engine: Any, prompt: Any, judge: Judge, leaf_value: LeafValue, growth: Growth,
+def grow(engine: Any, prompt: Any, judge: Judge, leaf_value: LeafValue | None, growth: Growth,
          generator: torch.Generator) -> Node:
     """The root of a tree of `simulations` selections. Siblings of equal ids (or text) are one; values: in [-1, 1]."""
     root = Node(engine.begin(prompt))
@@ -74,16 +75,14 @@ def grow(engine: Any, prompt: Any, judge: Judge, leaf_value: LeafValue, growth: 
     while done < growth.simulations:
         chosen = _select(root, growth, min(growth.leaves, growth.simulations - done))
         fresh = [node for node in chosen if not node.closed]
-        if fresh:
-            for node, steps in zip(fresh, engine.go_on([node.prefix for node in fresh], growth.children, generator),
-                                   strict=True):
-                _expand(node, steps, engine, growth)
-        worth = dict(zip(map(id, fresh), leaf_value([node.prefix for node in fresh]) if fresh else (), strict=True))
+        worth = dict(zip(fresh, _expand_all(fresh, engine, leaf_value, growth, generator), strict=True))
         for node in chosen:
-            value = judge(node.prefix) if node.closed else worth[id(node)]
+            if node.closed and node.verdict is None:
+                node.verdict = judge(node.prefix)
+            value = node.verdict if node.closed else worth[node]
             if not -1 <= value <= 1:
                 raise ValueError(f"rollout: the value of a leaf must be in [-1, 1], got {value}")
-            _back_up(node, value)
+            _along(node, 1, value)
         done += len(chosen)
     return root
 
@@ -103,6 +102,23 @@ def _select(root: Node, growth: Growth, most: int) -> list[Node]:
     for node in chosen:
         _along(node, -1, 1.0)
     return chosen
+
+
+def _expand_all(leaves: list[Node], engine: Any, leaf_value: LeafValue | None, growth: Growth,
+                generator: torch.Generator) -> list[float]:
+    """Give every leaf its children; the leaves' own values."""
+    if not leaves:
+        return []
+    prefixes = [node.prefix for node in leaves]
+    if leaf_value is None:
+        scores, drawn = engine.advance(prefixes, growth.children, generator)
+        values = [2 * score - 1 for score in scores]
+    else:
+        drawn = engine.go_on(prefixes, growth.children, generator)
+        values = leaf_value(prefixes)
+    for node, steps in zip(leaves, drawn, strict=True):
+        _expand(node, steps, engine, growth)
+    return values
 
 
 def _expand(node: Node, steps: list[Step], engine: Any, growth: Growth) -> None:
@@ -125,10 +141,6 @@ def _priors(steps: list[Step]) -> list[float]:
         return [1 / len(steps)] * len(steps) if steps else []
     means = torch.tensor([sum(step.logps) / len(step.logps) for step in steps], dtype=torch.float64)
     return torch.softmax(means, 0).tolist()
-
-
-def _back_up(node: Node, value: float) -> None:
-    _along(node, 1, value)
 
 
 def _along(node: Node | None, visits: int, value: float) -> None:

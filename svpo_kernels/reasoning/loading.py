@@ -18,7 +18,7 @@ from svpo_kernels.linear_step_logps import linear_step_logps
 from svpo_kernels.models import decoder, head, text_config, unwrap
 from svpo_kernels.prm import prm_scores, prm_scores_from_lm_head
 from svpo_kernels.trainer import head_files, start
-from svpo_kernels.trainer.heads import ClassHead, ValueHead, two_rows
+from svpo_kernels.trainer.heads import ClassHead, ValueHead, two_rows, unit_scores
 from svpo_kernels.trees.attention import unpackable
 from svpo_kernels.trees.layers import use_tree_attention
 from svpo_kernels.trees.packing import StepBatch
@@ -64,8 +64,7 @@ class ScoringModel:
             return torch.sigmoid(self.scorer.beta * ratio).float()
         if self.head is None:
             return token_scores(unwrap(self.lm), hidden, batch.value_positions, *self.scorer.tokens).cpu()
-        scores = self.head(hidden, batch.value_positions).scores.float().cpu()
-        return (scores + 1) / 2 if isinstance(self.head, ValueHead) else scores
+        return unit_scores(self.head, hidden, batch.value_positions).cpu()
 
     @staticmethod
     def _logps(lm: nn.Module, hidden: Tensor, batch: StepBatch) -> Tensor:

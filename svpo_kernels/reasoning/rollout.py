@@ -24,7 +24,7 @@ from svpo_kernels.data.formats.files import iterate_rows
 from svpo_kernels.trainer.resume import file_digest
 
 from .engines import LocalEngine, Prefix, Sampling
-from .grow import Growth, LeafValue, Node, grow
+from .grow import Growth, Node, grow
 from .lines import Lines
 from .verifiers import Verifier, verifier
 
@@ -195,15 +195,8 @@ def _one(config: RolloutConfig, engine: Any, asked: Asked, check: Verifier) -> d
         return [sum(judge(prefix.then(step)) for step in steps) / len(steps)
                 for prefix, steps in zip(prefixes, ends, strict=True)]
 
-    value: LeafValue = rollouts if config.value == "rollouts" else lambda prefixes: head_values(engine, prefixes)
-    root = grow(engine, asked.prompt, judge, value, config.growth, generator)
-    return _row(root, asked, engine, judge)
-
-
-def head_values(engine: Any, prefixes: list[Prefix]) -> list[float]:
-    """The head's scores on the scale [-1, 1]."""
-    low, high = engine.value_scale
-    return [2 * (value - low) / (high - low) - 1 for value in engine.values(prefixes)]
+    leaf_value = rollouts if config.value == "rollouts" else None
+    return _row(grow(engine, asked.prompt, judge, leaf_value, config.growth, generator), asked)
 
 
 def read_prompts(path: str, most: int | None = None) -> list[Asked]:
@@ -247,7 +240,7 @@ def load_engine(config: Any) -> Any:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _row(root: Node, asked: Asked, engine: Any, judge: Callable[[Prefix], float]) -> dict[str, Any]:
+def _row(root: Node, asked: Asked) -> dict[str, Any]:
     """A line of the flat tree format. Nodes never visited have no value; ids go in where every node has them."""
     nodes = list(_walk(root, "0"))
     with_ids = all(node.step.ids is not None for _, node in nodes)
@@ -267,7 +260,7 @@ def _row(root: Node, asked: Asked, engine: Any, judge: Callable[[Prefix], float]
         row["prompt_ids"] = root.prefix.ids
     else:
         row["retokenised"] = True  # the server gave text alone: no behaviour log-probs, no ids of its own
-    row["solved"] = any(node.step.ended and judge(node.prefix) > 0 for _, node in nodes if node.visits)
+    row["solved"] = any(node.step.ended and node.verdict == 1 for _, node in nodes)
     return row | {"rstar": states}
 
 

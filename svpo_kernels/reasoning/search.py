@@ -99,10 +99,7 @@ def _advance(engine: Any, pool: list[Attempt], beams: Beams, draw: int,
 
     prefixes = [attempt.prefix for attempt in pool]
     if beams.judge is None:
-        low, high = engine.value_scale
-        _, steps = engine.advance(prefixes, draw, generator,
-                                  keep=lambda scores: keep([(score - low) / (high - low) for score in scores]))
-        return kept, steps
+        return kept, engine.advance(prefixes, draw, generator, keep=keep)[1]
     keep(beams.judge(pool) if pool[0].steps else [0.0] * len(pool))
     drawn = engine.go_on([prefixes[i] for i in kept], draw, generator) if kept else []
     steps = [[] for _ in pool]

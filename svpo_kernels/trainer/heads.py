@@ -46,6 +46,12 @@ class ValueHead(nn.Module):
         return HeadOutputs(scores, None)
 
 
+def unit_scores(head: nn.Module, hidden: Tensor, positions: Tensor) -> Tensor:
+    """(S,) fp32 in [0, 1] of any head with a forward of its own: a value v of [-1, 1] is (v + 1) / 2."""
+    scores = head(hidden, positions).scores.float()
+    return (scores + 1) / 2 if isinstance(head, ValueHead) else scores
+
+
 class ClassHead(nn.Module):
     """C = 1 or 2 outputs, of a linear layer or of Linear-ReLU-Linear as Qwen2.5-Math-PRM has it, names included."""
 
