@@ -18,11 +18,11 @@ import svpo_kernels as sk
 from svpo_kernels.cli import main as cli
 from svpo_kernels.data.formats import DataError
 from svpo_kernels.data.load import load
-from svpo_kernels.reasoning import rollout
+from svpo_kernels.reasoning import generation
 from svpo_kernels.reasoning.endpoint import EndpointEngine
 from svpo_kernels.reasoning.engines import LocalEngine, Prefix, Sampling, Spent, Step
 from svpo_kernels.reasoning.grow import Growth, grow
-from svpo_kernels.reasoning.rollout import run_rollout, settings_of
+from svpo_kernels.reasoning.rollout import RolloutConfig, run_rollout, settings_of
 from svpo_kernels.trainer.heads import ValueHead
 
 TEXTS = ["Two and two are four. So the answer is 4.", "First add. Then take away. The answer is 12."] * 4
@@ -281,12 +281,15 @@ def test_a_row_without_an_answer_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"question": "q"}\n')
     with pytest.raises(DataError, match="p.jsonl:1: expected an answer"):
-        rollout.read_prompts(str(path))
+        generation.read_prompts(str(path))
 
 
 def test_every_setting_has_a_help_text():
-    assert set(rollout.known_keys()) == {*rollout.HELP, *rollout.SAMPLING_HELP, *rollout.GROWTH_HELP}
-    assert "c_puct: 1.5\n    Weight of the prior" in "\n".join(rollout.describe_keys())
+    keys = generation.known_keys(RolloutConfig)
+    assert len(set(keys)) == len(keys) and {"simulations", "top_p", "verifier"} <= set(keys)
+    said = generation.describe_keys(RolloutConfig)
+    assert len(said) == len(keys) and all(len(line.partition("\n    ")[2]) > 10 for line in said)
+    assert "c_puct: 1.5\n    Weight of the prior" in "\n".join(said)
 
 
 def test_the_command(prompts, tmp_path, model, tokenizer):

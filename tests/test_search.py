@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from svpo_kernels.cli import main as cli
 from svpo_kernels.reasoning.engines import LocalEngine, Prefix, Sampling, Spent, Step
+from svpo_kernels.reasoning.generation import describe_keys, known_keys
 from svpo_kernels.reasoning.search import Attempt, Beams, Outcome, accuracies, fit_stop, outcome, search
-from svpo_kernels.reasoning.search_run import HELP, known_keys, run_search, settings_of
+from svpo_kernels.reasoning.search_run import SearchConfig, run_search, settings_of
 from svpo_kernels.trainer import head_files
 from svpo_kernels.trainer.heads import ValueHead
 
@@ -216,5 +217,7 @@ def test_settings_are_checked(more, said):
 
 
 def test_every_setting_has_a_help_text():
-    assert len(set(known_keys())) == len(known_keys()) and set(HELP) == set(settings_of(
-        {"prompts_file": "p", "model_name_or_path": "m"}).__dataclass_fields__) - {"sampling"}
+    keys = known_keys(SearchConfig)
+    said = describe_keys(SearchConfig)
+    assert len(set(keys)) == len(keys) == len(said) and {"prm", "temperature", "verifier"} <= set(keys)
+    assert all(len(line.partition("\n    ")[2]) > 10 for line in said)

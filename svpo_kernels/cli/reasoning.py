@@ -34,9 +34,10 @@ A run that was killed goes on with the next prompt when the same command is give
 
 def print_rollout_keys(wanted: bool) -> None:
     if wanted:
-        from ..reasoning.rollout import describe_keys
+        from ..reasoning.generation import describe_keys
+        from ..reasoning.rollout import RolloutConfig
 
-        for line in describe_keys():
+        for line in describe_keys(RolloutConfig):
             typer.echo(line)
         raise typer.Exit
 
@@ -48,12 +49,13 @@ def rollout(
     keys: Annotated[bool, typer.Option("--keys", callback=print_rollout_keys, is_eager=True,
                                        help="List every key with its default, and end.")] = False,
 ) -> None:
-    from ..reasoning.rollout import known_keys, run_rollout, settings_of
+    from ..reasoning.generation import known_keys
+    from ..reasoning.rollout import RolloutConfig, run_rollout, settings_of
     from ..trainer.run import quiet
     from ..trainer.settings import read_settings
 
     with errors_in_one_line():
-        settings = settings_of(read_settings(config, overrides or [], known=known_keys()))
+        settings = settings_of(read_settings(config, overrides or [], known=known_keys(RolloutConfig)))
         quiet()
         run_rollout(settings, say=typer.echo)
 
@@ -145,12 +147,13 @@ def search(
     """
     from rich.console import Console
 
-    from ..reasoning.search_run import known_keys, run_search, settings_of, table
+    from ..reasoning.generation import known_keys
+    from ..reasoning.search_run import SearchConfig, run_search, settings_of, table
     from ..trainer.run import quiet
     from ..trainer.settings import read_settings
 
     with errors_in_one_line():
-        settings = settings_of(read_settings(config, overrides or [], known=known_keys()))
+        settings = settings_of(read_settings(config, overrides or [], known=known_keys(SearchConfig)))
         quiet()
         Console().print(table(run_search(settings, say=typer.echo), settings.aggregate))
 

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from svpo_kernels.models import unwrap
 from svpo_kernels.trainer.heads import unit_scores
+from svpo_kernels.trainer.settings import key
 from svpo_kernels.trees.template import Template, Turn, turn_end
 from svpo_kernels.trees.text import TextOptions, find_turn, own_ids
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How steps are drawn. temperature 0: the likeliest token. top_p: the smallest set of tokens with that share.
-    max_step_tokens: most of one step, max_tokens: most of a whole answer."""
+    """How steps are drawn."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_step_tokens: int = 256
-    max_tokens: int = 2048
-    step_separator: str = "\n\n"
+    temperature: float = key(1.0, "Of the draws; 0 takes the likeliest token.")
+    top_p: float = key(1.0, "Draw from the smallest set of tokens with this share.")
+    max_step_tokens: int = key(256, "Most tokens of one step.")
+    max_tokens: int = key(2048, "Most tokens of a whole answer.")
+    step_separator: str = key("\n\n", "What ends a step.")
 
     def __post_init__(self) -> None:
         for name, holds, rule in (("temperature", self.temperature >= 0, "at least 0"),

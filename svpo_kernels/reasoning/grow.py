@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from svpo_kernels.trainer.settings import key
+
 from .engines import Prefix, Step
 
 Judge = Callable[[Prefix], float]  # whole answers: +1 right, -1 wrong
@@ -24,14 +26,13 @@ LeafValue = Callable[[list[Prefix]], list[float]]  # of answers that go on, in [
 
 @dataclass
 class Growth:
-    """simulations: selections of one tree. children: steps drawn where a leaf is expanded. c_puct: weight of the prior.
-    max_depth: most steps of a path. leaves: how many leaves are expanded together (a virtual loss keeps them apart)."""
+    """How a tree grows; a virtual loss keeps the leaves of a batch apart."""
 
-    simulations: int = 32
-    children: int = 4
-    c_puct: float = 1.5
-    max_depth: int = 16
-    leaves: int = 4
+    simulations: int = key(32, "Selections of a tree.")
+    children: int = key(4, "Steps drawn where a leaf is expanded.")
+    c_puct: float = key(1.5, "Weight of the prior against the value.")
+    max_depth: int = key(16, "Most steps of an answer.")
+    leaves: int = key(4, "Leaves expanded together, in one batch.")
 
     def __post_init__(self) -> None:
         for name in ("simulations", "children", "max_depth", "leaves"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +15,40 @@ from tqdm.auto import tqdm
 
 from svpo_kernels.data.formats.ledger import Ledger
 from svpo_kernels.trainer.prm_metrics import AGGREGATES
+from svpo_kernels.trainer.settings import key
 
-from .engines import Sampling
+from .generation import Asked, Generation, load_engine, make, read_prompts
 from .loading import load_scoring_model
-from .rollout import HELP as ROLLOUT_HELP
-from .rollout import SAMPLING_HELP, Asked, load_engine, read_prompts, typed
 from .score import Runner
 from .search import Attempt, Beams, Judge, Outcome, accuracies, fit_stop, outcome, search
 from .solutions import Solution
 from .verifiers import Verifier, verifier
 
 METHODS = ("greedy", "best_of_n", "early_stop", "beam")
-SHARED = ("prompts_file", "model_name_or_path", "endpoint", "tokenizer_name_or_path", "verifier", "unsafe_verifier",
-          "max_prompts", "seed", "dtype", "device", "trust_remote_code")
 
 
 @dataclass
-class SearchConfig:
+class SearchConfig(Generation):
     """All settings of `svpo search`."""
 
-    prompts_file: str = ""
-    model_name_or_path: str = ""
-    endpoint: str | None = None
-    tokenizer_name_or_path: str | None = None
-    prm: str | None = None
-    scorer: str = "auto"
-    verifier: str = "numeric"
-    unsafe_verifier: bool = False
-    methods: str = "greedy,best_of_n,beam"
-    n: int = 8
-    width: int = 4
-    branch: int = 2
-    max_depth: int = 32
-    threshold: float | None = None
-    recall: float | None = None
-    fit_file: str | None = None
-    aggregate: str = "min"
-    output_file: str | None = None
-    max_prompts: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-    sampling: Sampling = field(default_factory=Sampling)
-
-
-HELP = {key: ROLLOUT_HELP[key] for key in SHARED} | {
-    "prm": "Directory of a second model that judges steps; default: the value head beside the model.",
-    "scorer": "How the second model reads a solution, as in svpo score.",
-    "methods": "With commas between: greedy, best_of_n, early_stop, beam.",
-    "n": "Answers of best_of_n and early_stop.",
-    "width": "Attempts that beam keeps.",
-    "branch": "Steps that beam draws behind each.",
-    "max_depth": "Most steps of an answer.",
-    "threshold": "early_stop, beam: attempts judged below it, in [0, 1], are stopped.",
-    "recall": "Fit the threshold so that this share of right attempts goes on to its end.",
-    "fit_file": "Held-out prompts that it is fitted on.",
-    "aggregate": "What an answer's score is: min, prod, geomean, mean or last of its steps'.",
-    "output_file": "JSONL of every attempt, a problem and method a line.",
-}
+    prm: str | None = key(None, "Directory of a second model that judges steps; default: the value head beside the "
+                          "model.")
+    scorer: str = key("auto", "How the second model reads a solution, as in svpo score.")
+    methods: str = key("greedy,best_of_n,beam", "With commas between: greedy, best_of_n, early_stop, beam.")
+    n: int = key(8, "Answers of best_of_n and early_stop.")
+    width: int = key(4, "Attempts that beam keeps.")
+    branch: int = key(2, "Steps that beam draws behind each.")
+    max_depth: int = key(32, "Most steps of an answer.")
+    threshold: float | None = key(None, "early_stop, beam: attempts judged below it, in [0, 1], are stopped.")
+    recall: float | None = key(None, "Fit the threshold so that this share of right attempts goes on to its end.")
+    fit_file: str | None = key(None, "Held-out prompts that it is fitted on.")
+    aggregate: str = key("min", "What an answer's score is: min, prod, geomean, mean or last of its steps'.")
+    output_file: str | None = key(None, "JSONL of every attempt, a problem and method a line.")
 
 
 def settings_of(values: dict[str, Any]) -> SearchConfig:
     """A configuration from flat keys; those of Sampling stand among the others. Raises ValueError naming the key."""
-    sampling = {entry.name for entry in fields(Sampling)}
-    kinds = {"threshold": float, "recall": float, "max_prompts": int}
-    own = {key: typed(key, value, getattr(SearchConfig(), key), kinds) for key, value in values.items()
-           if key not in sampling}
-    drawn = {key: typed(key, value, getattr(Sampling(), key), {}) for key, value in values.items() if key in sampling}
-    config = SearchConfig(**own, sampling=Sampling(**drawn))
-    for key in ("prompts_file", "model_name_or_path"):
-        if not getattr(config, key):
-            raise ValueError(f"config: {key} is missing")
+    config = make(SearchConfig, values)
     strange = [name for name in config.methods.split(",") if name.strip() not in METHODS]
     if strange:
         raise ValueError(f"config: methods must be some of {', '.join(METHODS)}, got {strange[0]!r}")
@@ -101,10 +63,6 @@ def settings_of(values: dict[str, Any]) -> SearchConfig:
     if config.endpoint and config.prm is None:
         raise ValueError("config: prm must be given with an endpoint: a server gives no hidden states")
     return config
-
-
-def known_keys() -> list[str]:
-    return [*HELP, *SAMPLING_HELP]
 
 
 def run_search(config: SearchConfig, engine: Any = None, judge: Callable[[Any], Judge] | None = None,
