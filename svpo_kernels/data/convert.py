@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from svpo_kernels.trees.pair_counts import PairCounts, count_pairs
-from svpo_kernels.trees.tree import StepNode, StepTree
+from svpo_kernels.trees.tree import StepNode, StepTree, node_path
 
 from .formats import DataError, Record
 from .load import DataFile, pair_tensor
@@ -112,7 +112,7 @@ def _pair_rows(record: Record, pairs: list[list[int]], separator: str) -> Iterat
     separator = separator if record.step_separator is None else record.step_separator
     texts = [node.text + ("" if node.terminal else separator) for node in record.nodes]
     for chosen, rejected in pairs:
-        prefix = "".join(texts[i] for i in _path(record, record.nodes[chosen].parent))
+        prefix = "".join(texts[i] for i in node_path(record.nodes, record.nodes[chosen].parent))
         ends = {f"{name}_terminal": record.nodes[i].terminal
                 for name, i in (("chosen", chosen), ("rejected", rejected))}
         yield {"prompt": record.prompt, "initial_reason_steps": prefix, "chosen": texts[chosen],
@@ -123,7 +123,7 @@ def _stepwise(records: list[Record], **_: Any) -> tuple[list[dict[str, Any]], li
     rows, bare, repeated = [], 0, 0
     for record in records:
         inner, seen = {node.parent for node in record.nodes}, set()
-        leaves = [_path(record, i) for i in range(len(record.nodes)) if i not in inner]
+        leaves = [node_path(record.nodes, i) for i in range(len(record.nodes)) if i not in inner]
         paths = [path for path in leaves if any(record.nodes[i].q_value is not None for i in path)]
         bare += len(leaves) - len(paths)
         for path in paths:
@@ -147,14 +147,6 @@ def _chain_row(record: Record, path: list[int]) -> dict[str, Any]:
     if record.step_separator is not None:
         row["step_separator"] = record.step_separator
     return row
-
-
-def _path(record: Record, node: int) -> list[int]:
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = record.nodes[node].parent
-    return path[::-1]
 
 
 def _said_of_ids(records: list[Record]) -> list[str]:

@@ -23,7 +23,9 @@ from rich.text import Text
 from svpo_kernels.data.formats import DataError, Record
 from svpo_kernels.data.formats.record import printable
 from svpo_kernels.data.load import load
-from svpo_kernels.trainer.report import METRICS, PANELS, draw_curves, first, last, read_metrics
+from svpo_kernels.trainer.prm_metrics import first_below
+from svpo_kernels.trainer.report import METRICS, draw_curves, read_metrics, summary_rows
+from svpo_kernels.trees.tree import node_path
 
 from .drawing import Drawing, TreeNode, choose, draw
 
@@ -167,15 +169,9 @@ def _problem(record: Record, threshold: float) -> Problem:
              for node in record.nodes]
     problem, inner = Problem(_prompt(record.prompt)), {node.parent for node in nodes}
     for leaf in (i for i in range(len(nodes)) if i not in inner):
-        path, at = [], leaf
-        while at >= 0:
-            path.append(at)
-            at = nodes[at].parent
-        steps = [Step(nodes[i].text, nodes[i].score) for i in reversed(path)]
-        for step in steps:
-            if step.score is not None and step.score < threshold:
-                step.wrong = True
-                break
+        path = [nodes[i] for i in node_path(record.nodes, leaf)]
+        wrong = first_below([1.0 if node.score is None else node.score for node in path], threshold)
+        steps = [Step(node.text, node.score, i == wrong) for i, node in enumerate(path)]
         problem.solutions.append(Solution(steps, steps[-1].score))
     problem.solutions.sort(key=lambda solution: -1.0 if solution.score is None else solution.score, reverse=True)
     _draw(problem, nodes)
@@ -207,16 +203,9 @@ def _content(content: Any) -> str:
 
 def _run(folder: Path) -> Run:
     history = read_metrics(folder)
-    names = dict.fromkeys(name for panel in PANELS for name in panel[2])
-    rows = []
-    for name in (prefix + name for prefix in ("", "eval_") for name in names):
-        begin, end = first(history, name), last(history, name)
-        if begin is not None:
-            share = name.startswith("compute/") or name.endswith(("accuracies", "accuracy"))
-            rows.append((name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in (begin, end))))
     with tempfile.TemporaryDirectory() as scratch:
         picture = draw_curves(history, Path(scratch) / "curves.png", folder.name).read_bytes()
-    return Run(folder.name, rows, base64.b64encode(picture).decode())
+    return Run(folder.name, summary_rows(history), base64.b64encode(picture).decode())
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

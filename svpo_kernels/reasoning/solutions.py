@@ -18,6 +18,7 @@ from svpo_kernels.data.formats.ledger import Ledger
 from svpo_kernels.data.formats.record import RawRow, need_text, with_template_fields
 from svpo_kernels.data.load import DataFile, load
 from svpo_kernels.trainer.prm_metrics import first_error
+from svpo_kernels.trees.tree import node_path
 
 from .scorers import Scorer
 
@@ -102,10 +103,7 @@ def _paths(record: Record) -> list[Solution]:
     inner = {node.parent for node in record.nodes}
     found = []
     for leaf in (i for i in range(len(record.nodes)) if i not in inner):
-        path = [leaf]
-        while (parent := record.nodes[path[-1]].parent) >= 0:
-            path.append(parent)
-        path.reverse()
+        path = node_path(record.nodes, leaf)
         labels = [None if (q := record.nodes[i].q_value) is None else (q + 1) / 2 for i in path]
         found.append(Solution(
             record.row, record.line, len(found), record.prompt, [record.nodes[i].text for i in path],

@@ -11,7 +11,7 @@ import torch
 
 from svpo_kernels.plan import StepPlan
 from svpo_kernels.trees.packing import StepBatch, empty_batch
-from svpo_kernels.trees.tree import StepTree
+from svpo_kernels.trees.tree import StepTree, node_path
 
 from .train_data import TrainData
 
@@ -137,8 +137,7 @@ def score_paths(data: TrainData, batch: StepBatch) -> None:
     for step, last in enumerate(batch.step_ends.tolist()):
         tree, node = batch.node_of_step[step].tolist()
         references.append(data.reference(tree, node))
-        while (parent := data.trees[tree].nodes[node].parent) != -1:
-            node = parent
+        node = node_path(data.trees[tree].nodes, node)[0]
         begin = (last // batch.input_ids.shape[1]) * batch.input_ids.shape[1]  # of its own sequence
         path = torch.arange(begin, last + 1)
         path = path[ends[begin : last + 1] > last]

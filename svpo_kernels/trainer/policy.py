@@ -22,7 +22,7 @@ from svpo_kernels.step_policy import POLICY_PRESETS, policy_weights, step_policy
 from svpo_kernels.step_policy.advantages import HOWS
 from svpo_kernels.step_policy.weights import HOWS as AVERAGES
 from svpo_kernels.trees.advantages import GROUPS, tree_advantages
-from svpo_kernels.trees.tree import StepNode, StepTree
+from svpo_kernels.trees.tree import StepNode, StepTree, node_path
 
 from .train_data import TrainData
 
@@ -171,10 +171,7 @@ def as_paths(tree: StepTree) -> StepTree:
     for leaf in range(len(tree)):
         if tree.children[leaf] or tree.nodes[leaf].q_value is None:
             continue
-        chain = [leaf]
-        while (parent := tree.nodes[chain[-1]].parent) != -1:
-            chain.append(parent)
-        chain.reverse()
+        chain = node_path(tree.nodes, leaf)
         ends = [*(tree.start[i] for i in chain[1:]), tree.length[leaf]]
         logps: list[Any] | None = []
         for i, end in zip(chain, ends, strict=True):

@@ -123,20 +123,28 @@ def first(history: list[dict[str, float]], name: str) -> float | None:
     return next((entry[name] for entry in history if name in entry), None)
 
 
+def summary_rows(history: list[dict[str, float]]) -> list[tuple[str, str, str]]:
+    """(metric, first, last value as text) of every curve of a run."""
+    rows = []
+    names = dict.fromkeys(name for panel in PANELS for name in panel[2])
+    for prefix in ("", "eval_"):
+        for name in names:
+            begin, end = (read(history, prefix + name) for read in (first, last))
+            if begin is not None:
+                share = name.startswith(("compute/", "prm/best_of/")) or name.endswith((
+                    "accuracies", "accuracy", "clip_fraction"))
+                rows.append((prefix + name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in (begin, end))))
+    return rows
+
+
 def summary_table(history: list[dict[str, float]], title: str) -> Table:
-    """First and last value of every curve of a run."""
+    """The rows of `summary_rows`."""
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for heading in ("first", "last"):
         table.add_column(heading, justify="right")
-    names = dict.fromkeys(name for panel in PANELS for name in panel[2])
-    for prefix in ("", "eval_"):
-        for name in names:
-            values = [read(history, prefix + name) for read in (first, last)]
-            if values[0] is not None:
-                share = name.startswith(("compute/", "prm/best_of/")) or name.endswith((
-                    "accuracies", "accuracy", "clip_fraction"))
-                table.add_row(prefix + name, *(f"{value:.1%}" if share else f"{value:.4g}" for value in values))
+    for row in summary_rows(history):
+        table.add_row(*row)
     return table
 
 

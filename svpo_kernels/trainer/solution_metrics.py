@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from svpo_kernels.trees.tree import StepTree
+from svpo_kernels.trees.tree import StepTree, node_path
 
 from . import prm_metrics
 from .train_data import TrainData
@@ -33,13 +33,7 @@ class StepScores:
 
 def paths(tree: StepTree) -> list[list[int]]:
     """The nodes of every path from the prompt to a leaf."""
-    found = []
-    for leaf in (i for i in tree.order if not tree.children[i]):
-        path = [leaf]
-        while (parent := tree.nodes[path[-1]].parent) != -1:
-            path.append(parent)
-        found.append(path[::-1])
-    return found
+    return [node_path(tree.nodes, leaf) for leaf in tree.order if not tree.children[leaf]]
 
 
 def solution_metrics(data: TrainData, scores: Mapping[tuple[int, int], float],

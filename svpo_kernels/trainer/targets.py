@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from svpo_kernels.trees.request import with_ancestors
+from svpo_kernels.trees.request import valued_nodes, with_ancestors
 from svpo_kernels.trees.tree import StepTree
 
 from .train_data import TrainData
@@ -58,13 +58,7 @@ class Targets:
 
     def of_tree(self, tree: int) -> np.ndarray:
         """All nodes of a tree whose value is trained, or scored, ascending."""
-        if self.values == "all":
-            return np.arange(len(self.data.trees[tree]))
-        nodes, pairs = self.data.trees[tree].nodes, self.data.pairs[tree]
-        found = range(len(nodes)) if self.values == "labelled" else np.unique(pairs).tolist()
-        if self.values == "path":
-            found = sorted(with_ancestors(self.data.trees[tree], found))
-        return np.array([i for i in found if nodes[i].q_value is not None], np.int64)
+        return valued_nodes(self.data.trees[tree], self.data.pairs[tree], self.values)
 
     def _homes(self, tree: int) -> Homes:
         if tree not in self._kept:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from svpo_kernels.trees.request import with_ancestors
+from svpo_kernels.trees.request import valued_nodes, with_ancestors
 from svpo_kernels.trees.tree import StepTree
 
 
@@ -70,14 +70,7 @@ class TrainData:
 
     def num_targets(self, values: str) -> int:
         """Steps whose value is trained under this rule ("pairs", "path" or "labelled"), once each."""
-        total = 0
-        for tree, pairs in zip(self.trees, self.pairs, strict=True):
-            held = set(range(len(tree))) if values == "labelled" else set(pairs.ravel().tolist())
-            for node in list(held) if values == "path" else ():
-                while (node := tree.nodes[node].parent) not in held and node != -1:
-                    held.add(node)
-            total += sum(tree.nodes[node].q_value is not None for node in held)
-        return total
+        return sum(len(valued_nodes(tree, pairs, values)) for tree, pairs in zip(self.trees, self.pairs, strict=True))
 
     def alone(self, index: int, values: str) -> np.ndarray:
         """Nodes of a tree that are run without a pair too: its SFT steps, under "labelled" those with a value, under

@@ -84,16 +84,7 @@ class Request:
         """Per tree the nodes whose q_values are targets, ascending."""
         if not isinstance(values, str):
             return [np.unique(np.asarray(nodes, np.int64)) for nodes in values]
-        if values == "all":
-            return [np.arange(len(tree)) for tree in self.trees]
-        found = []
-        for tree, own in zip(self.trees, pairs, strict=True):
-            wanted = range(len(tree)) if values == "labelled" else np.unique(own).tolist()
-            if values == "path":
-                wanted = sorted(with_ancestors(tree, wanted))
-            nodes = tree.nodes
-            found.append(np.array([i for i in wanted if nodes[i].q_value is not None], dtype=np.int64))
-        return found
+        return [valued_nodes(tree, own, values) for tree, own in zip(self.trees, pairs, strict=True)]
 
     def _numbers(self, nodes: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.zeros(0, np.int64), *(own + first for own, first in zip(
@@ -161,6 +152,16 @@ def longest_pair(request: Request) -> int:
     for (t, _), (chosen, rejected) in zip(trees.tolist(), nodes.tolist(), strict=True):
         most = max(most, pair_tokens(request.trees[t], chosen, rejected, most))
     return most
+
+
+def valued_nodes(tree: StepTree, pairs: np.ndarray, values: str) -> np.ndarray:
+    """The nodes of a tree whose q_values are targets under a rule of VALUES, ascending. pairs: (P, 2) of its nodes."""
+    if values == "all":
+        return np.arange(len(tree))
+    wanted = range(len(tree)) if values == "labelled" else np.unique(pairs).tolist()
+    if values == "path":
+        wanted = sorted(with_ancestors(tree, wanted))
+    return np.array([i for i in wanted if tree.nodes[i].q_value is not None], dtype=np.int64)
 
 
 def with_ancestors(tree: StepTree, nodes: Iterable[int]) -> set[int]:

@@ -17,7 +17,7 @@ from .._checks import fail
 from . import joint
 from .paths import Paths, common
 from .template import MARKUP, REASONING, Template, Turn, turn_end, without_end
-from .tree import StepNode, StepTree
+from .tree import StepNode, StepTree, node_path
 
 OP = "tree_from_text"
 _OF_IDS = ("token_ids", "path_ids", "start", "old_logps", "value_end")
@@ -182,11 +182,7 @@ def _begin(template: Template, messages: list[Any] | None, turn: Turn, pieces: l
     for i in own:
         if shape.children[i]:
             continue
-        steps, node = [], i
-        while node != -1:
-            steps.append(_text(nodes[node]) + options.step_end)
-            node = nodes[node].parent
-        content = options.step_separator.join(reversed(steps))
+        content = options.step_separator.join(_text(nodes[j]) + options.step_end for j in node_path(nodes, i))
         if not nodes[i].terminal and turn.opening.strip() and content.lstrip().startswith(turn.opening.split()[0]):
             ways.append({turn.context})  # a thought that is still open: the opening would close it before it began
         else:

@@ -72,6 +72,15 @@ class StepNode:
         self.path_ids = as_ids("StepNode", "path_ids", self.path_ids)
 
 
+def node_path(nodes: Sequence[StepNode], i: int) -> list[int]:
+    """The nodes from the first step down to node i."""
+    path = []
+    while i >= 0:
+        path.append(i)
+        i = nodes[i].parent
+    return path[::-1]
+
+
 def as_ids(op: str, argument: str, ids: Any) -> Ids | None:
     """Sequence, array or tensor of token ids -> Ids, which read like a list; None and Ids stay."""
     if ids is None or isinstance(ids, Ids):
