@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,17 @@ def decoder(model: nn.Module) -> nn.Module:
     """The part of an unwrapped model that gives hidden states: a causal LM without its head."""
     part = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     return part if isinstance(part, nn.Module) else getattr(model, "model", model)  # Llama-4 names a part it has not
+
+
+def num_experts(config: Any) -> int:
+    """Experts of a text config's mixture layers, under any of the names in use; 0 without any."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a forward calls the cache that it is given: "cache", in older transformers "past_key_values"."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def text_config(model: nn.Module) -> Any:

@@ -35,6 +35,7 @@ from svpo_kernels import (
 from .._checks import fail
 from ..data.load import encode, load
 from ..models import unwrap
+from ..trainer.sharding import whole
 
 KERNEL, COMPACT = "_ChunkedLogProbFunction", "_use_triton"  # the two globals of TRL's forward that are exchanged
 ARGUMENTS = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
@@ -156,12 +157,7 @@ def _lora(model: nn.Module) -> dict[str, Any]:
     if not hasattr(model.get_output_embeddings(), "base_layer"):
         return {}
     parts = {name: value for name, value in head(model).items() if name.startswith("lora")}
-    return {} if parts["lora_a"] is None else {name: _whole(value) for name, value in parts.items()}
-
-
-def _whole(value: Any) -> Any:
-    """A sharded parameter gathered, everything else as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return {} if parts["lora_a"] is None else {name: whole(value) for name, value in parts.items()}
 
 
 def _check_kernel() -> None:
@@ -314,7 +310,7 @@ def _packed(theirs: types.FunctionType, stats: list[str]) -> types.FunctionType:
             check_packing(self, pack)
             unchecked.clear()
         hidden = self.base_model(**pack.model_inputs(self), use_cache=False).last_hidden_state
-        parts = {name: _whole(value) for name, value in head(self).items()}
+        parts = {name: whole(value) for name, value in head(self).items()}
         parts |= {name: parts[name].to(hidden.dtype) for name in ("weight", "bias") if parts[name] is not None}
         out = linear_step_logps(hidden, labels=pack.plan, reduction="none", stats=stats, **parts)
         logps, found = out if stats else (out, {})

@@ -6,7 +6,6 @@ max_step_tokens are there. Ids are kept as they were generated; where a server h
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svpo_kernels.models import unwrap
+from svpo_kernels.models import cache_argument, unwrap
 from svpo_kernels.trainer.heads import unit_scores
 from svpo_kernels.trainer.settings import key
 from svpo_kernels.trees.template import Template, Turn, turn_end
@@ -99,8 +98,7 @@ class LocalEngine:
         self._template = Template(self.tokenizer, self.text_options.chat_template_kwargs,
                                   self.text_options.template_date)
         self._ends: set[int] = set()
-        names = inspect.signature(unwrap(self.model).forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # the older name
+        self._cache_name = cache_argument(unwrap(self.model))
 
     @property
     def device(self) -> torch.device:

@@ -87,7 +87,7 @@ def _check_kind(described: dict[str, Any], found: head_files.Head | None, direct
 
 def _check_layout(kind: str, config: Any, found: head_files.Head, hidden_layer: bool) -> None:
     """What a layout cannot hold is said before weights are loaded."""
-    family, outputs = config.model_type, _outputs(found)
+    family, outputs = config.model_type, found.outputs("svpo export")
     if kind != "vllm" and hidden_layer:
         raise ValueError(f"svpo export: a class head with a hidden layer ({outputs} outputs) is no value head, "
                          f"which is all that {kind} reads")
@@ -101,18 +101,9 @@ def _check_layout(kind: str, config: Any, found: head_files.Head, hidden_layer: 
         raise ValueError(f"svpo export: {family} has another token classifier: {TOKEN_CLASSES[family]}")
 
 
-def _outputs(found: head_files.Head) -> int:
-    last = next((found.state[key] for key in found.state if key.endswith(("score.2.weight", "score.weight",
-                                                                         "summary.weight"))), None)
-    if last is None:
-        raise ValueError(f"svpo export: the head in {found.where} has the names {', '.join(found.state)}; known are "
-                         "summary.weight, score.weight and score.{0,2}.weight")
-    return len(last)
-
-
 def _reward_model(lm: nn.Module, found: head_files.Head, out: Path) -> dict[str, Any]:
     """vLLM's two classes: model.*, score.0.*, score.2.*, num_labels; class 1 is the good one."""
-    outputs = _outputs(found)
+    outputs = found.outputs("svpo export")
     head = ClassHead(lm.config.hidden_size, outputs, hidden_layer=True)
     head_files.load_into(head, _good_last(found))
     model = _Reward(lm.config, decoder(lm), head.score.to(lm.dtype))
@@ -136,9 +127,9 @@ class _Reward(transformers.Qwen2PreTrainedModel):
 
 def _token_classifier(lm: nn.Module, found: head_files.Head, out: Path) -> dict[str, Any]:
     """transformers' own class: its decoder, score.{weight,bias}, num_labels. One output: of sigmoid."""
-    outputs = _outputs(found)
+    outputs = found.outputs("svpo export")
     head = ClassHead(lm.config.hidden_size, outputs)
-    value = found.activation == "tanh" or (found.activation is None and any("summary" in key for key in found.state))
+    value = found.is_value
     head_files.load_into(head, _good_last(found._replace(activation="tanh") if value else found))
     name, config = TOKEN_CLASSES[lm.config.model_type], copy.deepcopy(lm.config)
     config.num_labels = outputs

@@ -224,14 +224,11 @@ def _make_head(name: str, directory: str, lm: nn.Module, found: head_files.Head 
         if key.endswith("weight") and tensor.shape[-1] != D:
             raise ValueError(f"svpo score: the head in {found.where} does not fit the model: {key} must be (C, {D}), "
                              f"got {tuple(tensor.shape)}")
-    last = state.get("score.2.weight", state.get("score.weight", state.get("summary.weight")))
-    if last is None:
-        raise ValueError(f"svpo score: the head in {found.where} has the names {', '.join(state)}; known are "
-                         "summary.weight, score.weight and score.{0,2}.weight")
+    outputs = found.outputs("svpo score")
     dtype = torch.promote_types(next(p.dtype for p in lm.parameters() if p.is_floating_point()), torch.float32)
-    if found.activation == "tanh" or (found.activation is None and "summary.weight" in state):
+    if found.is_value:
         module: nn.Module = ValueHead(D, dtype)
     else:
-        module = ClassHead(D, len(last), "score.2.weight" in state, dtype)
+        module = ClassHead(D, outputs, "score.2.weight" in state, dtype)
     head_files.load_into(module, found)
     return module

@@ -31,6 +31,20 @@ class Head(NamedTuple):
     good: int
     where: str
 
+    @property
+    def is_value(self) -> bool:
+        """Whether its score is a value in [-1, 1]: it says so, or is named as value heads are and says nothing."""
+        return self.activation == "tanh" or (self.activation is None and any("summary" in key for key in self.state))
+
+    def outputs(self, op: str) -> int:
+        """Of its last layer. Raises ValueError, as op, for names that are not known."""
+        ends = ("score.2.weight", "score.weight", "summary.weight")
+        last = next((self.state[key] for end in ends for key in self.state if key.endswith(end)), None)
+        if last is None:
+            raise ValueError(f"{op}: the head in {self.where} has the names {', '.join(self.state)}; known are "
+                             "summary.weight, score.weight and score.{0,2}.weight")
+        return len(last)
+
 
 def write(kind: str, state: dict[str, Tensor], description: dict[str, Any], directory: str | os.PathLike) -> None:
     """Write a head of `heads.py` (a token head has no weights) and what serving has to know of it.

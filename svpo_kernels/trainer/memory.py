@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svpo_kernels.models import decoder
+from svpo_kernels.models import decoder, num_experts
 
 SPARE = 0.9  # of a device's memory; the rest is for the context, libraries and fragmentation
 
@@ -43,8 +43,7 @@ def token_bytes(model: nn.Module, args: Any) -> float:
     """What one token of a pack keeps for the backward."""
     config = model.config.get_text_config()
     size = 2 if args.bf16 or args.fp16 or _low(model) else 4
-    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts")
-                    if (n := getattr(config, name, None))), 0)
+    experts = num_experts(config)
     kept = 0.0
     for name, out, into, stacked in _products(decoder(model)):
         routed = experts and ".experts." in f".{name}." and "shared" not in name
@@ -53,7 +52,7 @@ def token_bytes(model: nn.Module, args: Any) -> float:
         kept += size * share * (out + back)
     kept += (4 + size) * config.hidden_size * sum(name.endswith("norm.weight") for name, _ in model.named_parameters())
     layers = config.num_hidden_layers
-    if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:
+    if args.gradient_checkpointing:
         return layers * config.hidden_size * size + kept / layers
     return kept
 

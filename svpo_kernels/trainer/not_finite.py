@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .head_files import FOLDER
+from .sharding import whole
 
 NAMES = 20  # parameters that a report lists
 
@@ -23,8 +24,7 @@ class NotFinite(ValueError):
 def gradient_norm(model: nn.Module) -> Tensor:
     """() L2 norm of all gradients that are there, whole where they are sharded."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(()))
 
 
 def stop(trainer: Any, model: nn.Module, packs: list[dict[str, Any]], losses: list[Tensor], norm: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -133,19 +133,6 @@ class PreparingMixin:
         if batch.ref_step_logps is None and (len(batch.pairs) or self.config.objective in ("dvo", "policy")):
             raise ValueError("SVPOTrainer: this batch has no reference log-probs; call prepare_reference on its data")
         return batch.ref_step_logps
-
-    def _on_main(self, act: Callable[[], None]) -> None:
-        """Run a check on the first process; every process raises its ValueError."""
-        error: list[str | None] = [None]
-        if self.args.process_index == 0:
-            try:
-                act()
-            except ValueError as caught:
-                error = [str(caught)]
-        if self.args.world_size > 1:
-            broadcast_object_list(error)
-        if error[0] is not None:
-            raise ValueError(error[0])
 
     def _all_agree(self, value: bool) -> bool:
         return all(gather_object([value]))

@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,21 @@ def where_to_resume(config: SVPOConfig, say: Any = print) -> str | None:
 
     Raises ConfigError when one was asked for and there is none, and when a fresh start would mix with an old run.
     """
+    return ask_first(config, lambda: _choose(config, say), ConfigError)
+
+
+def ask_first(config: Any, act: Callable[[], Any], error: type[ValueError] = ValueError) -> Any:
+    """What act gives on the first process, told to all; they all raise the error that it raises there."""
     answer: list[Any] = [None, None]
     if config.process_index == 0:
         try:
-            answer[0] = _choose(config, say)
-        except ConfigError as error:
-            answer[1] = str(error)
+            answer[0] = act()
+        except error as caught:
+            answer[1] = str(caught)
     if config.world_size > 1:
         broadcast_object_list(answer)
     if answer[1] is not None:
-        raise ConfigError(answer[1])
+        raise error(answer[1])
     return answer[0]
 
 

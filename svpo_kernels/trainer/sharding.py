@@ -79,8 +79,8 @@ def _plain(name: str) -> str:
     return name
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; any other as it is."""
+def whole(tensor: Any) -> Any:
+    """A sharded tensor gathered; anything else as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

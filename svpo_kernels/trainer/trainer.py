@@ -75,8 +75,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
             # DDP parts its buckets anew after a process' first backward unless it looks for unused parameters, and from
             # three processes on the order in which a gradient is summed goes with the place in its bucket: a resumed
             # run would differ in the last bit. Not with checkpointing, whose second forward it takes for a second use.
-            checkpointing = any(getattr(args, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
-            resumes_to_the_bit = args.world_size > 2 and not checkpointing
+            resumes_to_the_bit = args.world_size > 2 and not args.gradient_checkpointing
             args.ddp_find_unused_parameters = not self.wants_logps or resumes_to_the_bit
         self.settings = PackSettings(
             packing=args.packing, max_tokens=args.max_tokens, values=args.values, pairs_per_step=args.pairs_per_step,
@@ -90,8 +89,8 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         self._packing_checked = False
         self._state: dict[str, Any] | None = None  # of the run; the model's is that before training
         self.args = args  # what choosing reads before Hugging Face's own __init__ sets it
-        planner = None if train_data is None else EpochPlanner(train_data, self._resolved(train_data, model),
-                                                                args.seed if args.data_seed is None else args.data_seed)
+        planner = None if train_data is None else EpochPlanner(
+            train_data, self._resolved(train_data, model), self._order_seed)
         super().__init__(
             model=model, args=args, processing_class=processing_class, callbacks=callbacks,
             train_dataset=None if planner is None else StepDataset(planner, args.process_index),
@@ -118,13 +117,16 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
     def wants_reference(self) -> bool:
         return self.objective.wants_reference and self.config.reference != "none"
 
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _resolved(self, data: TrainData, model: StepModel) -> PackSettings:
         """The settings with `packing: auto` and `max_tokens: auto` replaced by what they come to."""
         if self.settings.packing == choosing.AUTO:
             given = self.settings
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             self.settings, said = choosing.choose(
-                self.config, model.causal_lm, data, seed,
+                self.config, model.causal_lm, data, self._order_seed,
                 lambda way: self._sized(replace(given, packing=way), data, model))
             if self.args.process_index == 0:
                 print(said)
@@ -194,7 +196,7 @@ class SVPOTrainer(PreparingMixin, SavingMixin, StreamingMixin, Trainer):
         self._sums, self._total = Sums(), torch.zeros(LENGTH, dtype=torch.float64)
         self._cut()
         if resume_from_checkpoint:
-            self._on_main(lambda: resume.check(resume_from_checkpoint, self._state))
+            resume.ask_first(self.args, lambda: resume.check(resume_from_checkpoint, self._state))
             windows, total = checkpoint.read_sums(resume_from_checkpoint)
             self._sums.restore(windows, self.args.process_index, self.args.world_size)
             self._total = as_vector(total)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models import decoder, text_config, unwrap
+from ..models import decoder, num_experts, text_config, unwrap
 from .attention import PackingError, model_inputs, why_not
+from .masks import run_dtype
 
 NOISE_FACTOR = 4.0  # a packed run may differ this many times more than two separate runs do
 # and by this much where those two happen to agree: 8 u in low precision (a wrong mask shows as 0.1 and more)
@@ -136,19 +137,15 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], every: bool = False)
 
 def _run_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype that products were taken in: autocast and TF32 round more than the hidden states' dtype says."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    tf32 = device == "cuda" and hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return torch.float16 if tf32 else hidden.dtype
+    tf32 = hidden.is_cuda and hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return run_dtype(hidden.device, torch.float16 if tf32 else hidden.dtype)
 
 
 def _judge(model: nn.Module, runs: Runs, least: float) -> tuple[float, float]:
     """(error, allowed). Per token, then the largest; under rounding a router may send single tokens elsewhere, so a
     mixture of experts in low precision is judged by the token nine tenths up."""
     config, floor = text_config(model), max(FLOOR[_run_dtype(runs.alone)], least)
-    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    q = 0.9 if experts and floor > 1e-4 else 1.0
+    q = 0.9 if num_experts(config) and floor > 1e-4 else 1.0
 
     def difference(a: Tensor) -> float:
         a, b = a.double(), runs.alone.double()

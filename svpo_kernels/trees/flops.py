@@ -18,6 +18,7 @@ import torch
 
 from .._checks import fail, require_choice
 from ..linear_step_logps.cost import call_cost
+from ..models import num_experts
 from .cuts import MaxTokens, Price, Sizes, cut
 from .layers import TREE
 from .packing import Part, StepBatch
@@ -89,8 +90,7 @@ def _model_cost(of: _Config) -> ModelCost:
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts")
-                    if (n := getattr(config, name, None))), 0)
+    experts = num_experts(config)
     token = 0.0
     for name, weight in model.named_parameters():
         if weight.dim() >= 2 and id(weight) not in embeddings:

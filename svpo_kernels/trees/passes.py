@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .._checks import fail, is_integer
 from ..linear_step_logps import linear_step_logps
 from ..linear_step_logps.modes import DIFFERENTIABLE
-from ..models import decoder, head, text_config, unwrap
+from ..models import cache_argument, decoder, head, text_config, unwrap
 from ..plan import StepPlan
 from . import cache as caches
 from .attention import PackingError
@@ -47,8 +46,7 @@ class Stream:
         self.op, self.batch, self.stats, self.options = op, batch, tuple(stats), options
         require_streamable(op, model, batch)
         self.decoder, self.config = decoder(self.model), text_config(self.model)
-        names = inspect.signature(self.decoder.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # the older name
+        self.cache_name = cache_argument(self.decoder)
         self.calls = {name: call for name, (call, _) in (heads or {}).items()}
         positions = {name: at.detach().cpu().to(torch.int64) for name, (_, at) in (heads or {}).items()}
         T = batch.input_ids.shape[1]
